@@ -1,0 +1,46 @@
+"""Rotary frequencies of a configuration: plain, or stretched by YaRN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def inverse_frequencies(theta: float, dim: int, scaling: Mapping[str, object] | None) -> tuple[Tensor, float]:
+    """fp32 `[dim / 2]` angles per token, and the factor on cos and sin.
+
+    `scaling` is Hugging Face's `rope_scaling`: None, `{"rope_type": "default"}`, or YaRN (Peng et al. 2023, section 3)
+    with `factor` and `original_max_position_embeddings`. Raises ValueError for other kinds.
+    """
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    frequencies = 1.0 / theta**exponents
+    kind = str(scaling.get("rope_type", scaling.get("type", "default"))) if scaling else "default"
+    if scaling is None or kind == "default":
+        return frequencies, 1.0
+    if kind != "yarn":
+        raise ValueError(f"rope_scaling: got rope_type {kind!r}, expected 'default' or 'yarn'")
+    return _yarn(frequencies, theta, dim, scaling)
+
+
+def _yarn(frequencies: Tensor, theta: float, dim: int, scaling: Mapping[str, object]) -> tuple[Tensor, float]:
+    factor = _number(scaling, "factor")
+    trained = _number(scaling, "original_max_position_embeddings")
+
+    def dim_of_turns(turns: float) -> float:
+        return dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(dim_of_turns(_number(scaling, "beta_fast", 32))), 0)
+    high = min(math.ceil(dim_of_turns(_number(scaling, "beta_slow", 1))), dim - 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    blended = frequencies / factor * ramp + frequencies * (1 - ramp)
+    return blended, _number(scaling, "attention_factor", 0.1 * math.log(factor) + 1.0)
+
+
+def _number(scaling: Mapping[str, object], key: str, default: float | None = None) -> float:
+    value = scaling.get(key, default)
+    if not isinstance(value, int | float):
+        raise ValueError(f"rope_scaling: {key} must be a number, got {value!r}")
+    return float(value)
