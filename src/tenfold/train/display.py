@@ -250,7 +250,7 @@ def quantity(value: float) -> str:
     """A number in three digits with its SI prefix, such as `12.3 k`; what follows is the unit."""
     if not math.isfinite(value):
         return str(value)
-    for exponent, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+    for exponent, prefix in ((21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if abs(value) >= 0.9995 * 10**exponent:
             return f"{value / 10**exponent:.3g} {prefix}"
     return f"{value:.3g} "
