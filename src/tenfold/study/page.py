@@ -85,7 +85,7 @@ def held_fixed(report: DemoReport) -> list[tuple[str, str]]:
         ("matmul peak", f"{report.matmul_peak_gflops:,.0f} GFLOP/s, measured"),
         ("corpus", f"{report.corpus}, in the same order"),
         ("tokenizer", f"{report.tokenizer_vocab:,} tokens"),
-        ("validation set", f"{quantity(report.validation_tokens)}tokens"),
+        ("validation set", f"{report.validation_tokens:,} tokens"),
         ("sequence length", f"{report.sequence_length:,} tokens"),
         ("precision", report.precision),
         ("seed", str(report.seed)),
@@ -97,7 +97,7 @@ def standing_caveats(report: DemoReport, new: ArmReport) -> list[str]:
     """What is true of every such comparison, and has to be said."""
     largest = max(arm.parameters_total for arm in report.arms if arm.name in (OLD, CONTROL))
     return [
-        f"One training of each arm, seed {report.seed}, one corpus, one machine: a few per cent are chance.",
+        f"One training of each arm, seed {report.seed}, one corpus, one machine: a few per cent may be luck.",
         "At other sizes and budgets the ratios are others. Nothing here is extrapolated.",
         f"The ratio to {OLD} mixes many causes; only the one to {CONTROL} is about the architecture.",
         f"{new.name} is cheaper to train, not smaller: {quantity(new.parameters_total).strip()} parameters, "

@@ -147,7 +147,7 @@ def router_figure(metrics: Metrics) -> Figure:
     sparse = [m for m in metrics.steps if m.load_ratio]
     tokens = _column(sparse, "tokens")
     ratios = _binned(np.array([m.load_ratio for m in sparse]))
-    span = (float(tokens[0]), float(tokens[-1]) or 1.0, ratios.shape[1] - 0.5, -0.5)
+    span = (float(tokens[0]), float(max(tokens[-1], tokens[0] + 1)), ratios.shape[1] - 0.5, -0.5)
     norm = LogNorm(1.0, LARGEST_RATIO)
     image = upper.imshow(
         ratios.T, aspect="auto", extent=span, cmap="Blues", norm=norm, interpolation="nearest"
