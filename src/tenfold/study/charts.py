@@ -70,13 +70,13 @@ def fit_scales(arms: Sequence[ArmReport], cost: Cost) -> Scales:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two positive ones: powers of ten, with steps between where those are few."""
+    """Three or more round numbers between two positive ones: powers of ten, if those are too few with steps."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)):
+    for steps in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0)):
         ticks = [s * 10.0**e for e in exponents for s in steps if low <= s * 10.0**e <= high]
         if len(ticks) >= 3:
-            break
-    return ticks
+            return ticks
+    return linear_ticks(low, high, about=4)
 
 
 def linear_ticks(low: float, high: float, about: int = 5) -> list[float]:
