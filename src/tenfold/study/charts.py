@@ -70,7 +70,7 @@ def fit_scales(arms: Sequence[ArmReport], cost: Cost) -> Scales:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Three or more round numbers between two positive ones: powers of ten, if those are too few with steps."""
+    """Three or more round numbers between two positive ones: powers of ten, or steps between them."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0)):
         ticks = [s * 10.0**e for e in exponents for s in steps if low <= s * 10.0**e <= high]
