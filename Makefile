@@ -1,0 +1,48 @@
+# make demo and make test set up everything they need; the second time that takes no time.
+# PYTHON=python3.12 picks an interpreter, TORCH_INDEX=https://download.pytorch.org/whl/cu130 a build of torch for GPUs.
+
+TORCH       := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PYTHON      ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+                 $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+BIN         := .venv/bin
+READY       := .venv/.ready
+PIP         := $(BIN)/python -m pip install -qq --disable-pip-version-check
+ONE_THREAD  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format clean
+
+help:  ## what can be made
+	@sed -n 's/^\([a-z]*\):.*## */make \1 \t/p' Makefile
+
+setup: $(READY)  ## install everything into .venv
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "tenfold needs Python 3.11, 3.12 or 3.13; none found (python3 is $$(python3 -V 2>&1)). Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "Installing Tenfold and torch into .venv: 200 MB to download, a few minutes, this once."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "$(PYTHON) could not make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; rm -rf .venv; exit 1; }
+	@$(BIN)/python -c 'import sys, importlib.metadata as m; sys.exit("$(TORCH)" != "torch==" + m.version("torch").split("+")[0])' 2>/dev/null || \
+	    $(PIP) --no-deps --retries 0 --index-url $(TORCH_INDEX) $(TORCH) 2>/dev/null || $(PIP) $(TORCH)
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## train the dense predecessor and Qwen3-Next on this machine, and compare what they cost
+	@$(BIN)/tenfold demo --out runs/demo
+
+test: $(READY)  ## all tests
+	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2
+
+check: $(READY)  ## formatting, lint, types, layering
+	@$(BIN)/ruff format --check -q
+	@$(BIN)/ruff check -q
+	@$(BIN)/pyright --level error
+	@$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_layering.py
+
+format: $(READY)  ## format and sort imports
+	@$(BIN)/ruff check -q --fix --select I
+	@$(BIN)/ruff format -q
+
+clean:  ## remove what tools left behind; keeps .venv and runs
+	@rm -rf .pytest_cache .ruff_cache .hypothesis build dist
+	@find src tests -name __pycache__ -prune -exec rm -rf {} +
