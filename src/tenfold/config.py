@@ -1,7 +1,7 @@
 """Configurations: frozen dataclasses from TOML files and back, with errors that say what to write instead.
 
 A field may be bool, int, float, str, Path, Literal, another dataclass (a table), tuple, list, dict with
-str keys, or a union of these. TOML has no null: None is left out, so a field that may be None has it as its default.
+string keys, or a union of these. TOML has no null, so None is left out: it has to be the field's default.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Training: corpus, loader, optimizer, trainer, and what people see of it."""
