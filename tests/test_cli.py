@@ -1,0 +1,147 @@
+"""The command line: quick to answer, mistakes in one line, and what the documents say can be typed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tenfold import cli
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted((ROOT / "configs").glob("*.toml"))
+
+
+def documented_commands() -> list[list[str]]:
+    """Every `tenfold ...` line in a code block of the documents, as arguments."""
+    found = []
+    for document in DOCUMENTS:
+        for block in re.findall(r"```\w*\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line.removeprefix("$ "), comments=True)
+                if words and Path(words[0]).name == "tenfold":
+                    found.append(words[1:])
+    return found
+
+
+def tenfold(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The real command in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    command = [sys.executable, "-m", "tenfold", *args]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def failing(error: BaseException) -> Callable[[list[str]], cli.Run]:
+    def run() -> None:
+        raise error
+
+    return lambda args: run
+
+
+def test_help_needs_no_torch() -> None:
+    program = "import sys; from tenfold.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in cli.COMMANDS)
+
+
+def test_the_real_command_tells_a_mistake_in_one_line(tmp_path: Path) -> None:
+    done = tenfold("generate", str(tmp_path), "--prompt", "x")
+    assert done.returncode == 2
+    assert done.stderr.startswith("tenfold: error: ") and done.stderr.count("\n") == 1
+    assert str(tmp_path) in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "complaint"),
+    [
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["xyzzy"], "unknown command 'xyzzy'; tenfold --help lists them all"),
+        (["data", "biuld"], "unknown command 'data biuld'; did you mean 'data build'?"),
+        (["train", "nowhere.toml"], "nowhere.toml: No such file or directory"),
+        (["generate", "/nowhere", "--prompt", "x"], "/nowhere"),
+        (["info", "/nowhere"], "/nowhere"),
+        (["init", "--shape", "tiny", "--out", "/dev/null/x"], "/dev/null"),
+        (["data", "build", "/nowhere.txt", "--out", "/tmp/never"], "/nowhere.txt"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    args: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(args) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("tenfold: error: ") and told.count("\n") == 1 and complaint in told
+
+
+@pytest.mark.parametrize(
+    ("error", "complaint"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), "runs/x: No space left on device"),
+        (MemoryError(), "out of memory; use a smaller model"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out of memory; use a smaller model"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+        (ValueError("first\nsecond"), "first second"),
+    ],
+)
+def test_what_a_machine_runs_out_of(
+    error: Exception, complaint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "info", cli.Command("", failing(error)))
+    assert cli.main(["info"]) == 2
+    told = capsys.readouterr().err
+    assert complaint in told and told.count("\n") == 1
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "info", cli.Command("", failing(RuntimeError("shapes do not match"))))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        cli.main(["info"])
+    monkeypatch.setitem(cli.COMMANDS, "info", cli.Command("", failing(ValueError("x"))))
+    monkeypatch.setenv("TENFOLD_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="x"):
+        cli.main(["info"])
+
+
+def test_an_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "info", cli.Command("", failing(KeyboardInterrupt())))
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "\ntenfold: interrupted\n"
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    command = f"{sys.executable} -m tenfold --help | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*name.split(), "--help"])
+    assert caught.value.code == 0
+    assert f"usage: tenfold {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("args", documented_commands(), ids=shlex.join)
+def test_documented_commands_parse(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert callable(cli.parse(args))
+
+
+def test_recipes_exist() -> None:
+    assert RECIPES
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_recipes_parse_and_can_be_overridden(recipe: Path) -> None:
+    assert callable(cli.parse(["train", str(recipe)]))
+    assert callable(cli.parse(["train", str(recipe), "--resume"]))
