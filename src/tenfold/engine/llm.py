@@ -1,0 +1,131 @@
+"""Generation: a prompt in one pass, then one token at a time through the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tenfold.engine.sampler import Sampler, SamplingParams
+from tenfold.models import Config
+from tenfold.models.cache import Cache
+from tenfold.models.weights import load
+from tenfold.tokenizer import Tokenizer
+
+
+class LanguageModel(Protocol):
+    """What generation needs of a model: `Qwen3Next` and `Qwen3` have it, and so may a fake."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The head `[vocab, D]`; its dtype and device are those that the cache gets."""
+        ...
+
+    def hidden_states(self, input_ids: Tensor, cache: Cache) -> tuple[Tensor, Sequence[object]]:
+        """What the head reads, `[1, T, D]`, for int64 `[1, T]` that follow the tokens in the cache."""
+        ...
+
+
+def generate(model: LanguageModel, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
+    """Yields tokens that continue the prompt, each as soon as it is known.
+
+    Ends after `max_tokens`, before a stop token (one of `params` or an eos token of the configuration), or
+    where the context is full. Raises ValueError, on the call, for a prompt that is empty or too long, or holds
+    a token that the vocabulary does not.
+    """
+    _check_prompt(prompt_ids, model.config)
+    return _tokens(model, list(prompt_ids), params)
+
+
+def _check_prompt(prompt_ids: Sequence[int], config: Config) -> None:
+    if not prompt_ids:
+        raise ValueError("the prompt is empty: give at least one token, for example the end-of-text token")
+    if len(prompt_ids) > config.max_position_embeddings:
+        limit = config.max_position_embeddings
+        raise ValueError(f"the prompt has {len(prompt_ids)} tokens, the model takes {limit}: shorten it")
+    low, high = min(prompt_ids), max(prompt_ids)
+    if low < 0 or high >= config.vocab_size:
+        bad, last = (low if low < 0 else high), config.vocab_size - 1
+        raise ValueError(f"the prompt has token {bad}, the model knows 0 to {last}: is it its tokenizer?")
+
+
+def _tokens(model: LanguageModel, prompt_ids: list[int], params: SamplingParams) -> Iterator[int]:
+    head = model.output_weight
+    cache = Cache(model.config, 1, head.dtype, head.device)
+    sampler, stops = Sampler(params), {*params.stop_ids, *eos_ids(model.config)}
+    room = model.config.max_position_embeddings - len(prompt_ids)
+    fresh = prompt_ids
+    for _ in range(min(params.max_tokens, room)):
+        token = sampler(_next_logits(model, fresh, cache))
+        if token in stops:
+            return
+        yield token
+        fresh = [token]
+
+
+@torch.no_grad()
+def _next_logits(model: LanguageModel, fresh: list[int], cache: Cache) -> Tensor:
+    """Logits `[vocab]` after the fresh tokens; the head runs on the last one alone."""
+    ids = torch.tensor([fresh], device=model.output_weight.device)
+    hidden, _ = model.hidden_states(ids, cache)
+    return F.linear(hidden[0, -1], model.output_weight)
+
+
+def eos_ids(config: Config) -> tuple[int, ...]:
+    """The tokens with which the configuration ends a text."""
+    ids = config.eos_token_id
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """The text of tokens as they come, in whole characters; special tokens are left out."""
+    decoder = tokenizer.stream(skip_special_tokens=True)
+    for token in ids:
+        if text := decoder.push(token):
+            yield text
+    if rest := decoder.finish():
+        yield rest
+
+
+class LLM:
+    """A model and its tokenizer: text in, text out."""
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def load(
+        cls, path_or_name: str | Path, dtype: str = "float32", device: str | torch.device = "cpu"
+    ) -> Self:
+        """From a folder or a hub name, as `tenfold.load`; ValueError where there is no tokenizer."""
+        model, tokenizer = load(path_or_name, dtype, device)
+        if tokenizer is None:
+            raise ValueError(f"{path_or_name}: no tokenizer.json, which is needed to read a prompt")
+        return cls(model, tokenizer)
+
+    def generate(self, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
+        """Continues the text; an empty one is begun as a new document. Yields pieces of text.
+
+        Raises ValueError, on the call, for a prompt that is too long.
+        """
+        ids = self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]
+        params = params or SamplingParams()
+        stops = (*params.stop_ids, *self.tokenizer.stop_ids)
+        return stream_text(self.tokenizer, generate(self.model, ids, replace(params, stop_ids=stops)))
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None
+    ) -> Iterator[str]:
+        """Answers messages, which have `role` and `content`. Yields pieces of text; errors as above."""
+        return self.generate(self.tokenizer.apply_chat_template(messages), params)
