@@ -1,8 +1,8 @@
 """Text to token ids and back: Qwen3's tokenizer, one read from a folder, or one trained on the text at hand.
 
-All are byte-level BPE, so any text has an encoding. Text is normalised (NFC), cut by Qwen3's pattern, and each
-cut is merged by itself. `<|endoftext|>` ends a document; `<|im_start|>` and `<|im_end|>` frame the turns of a
-conversation.
+All are byte-level BPE, so any text has an encoding. Text is normalised (NFC) and cut by Qwen3's pattern, and
+each cut is merged by itself. `<|endoftext|>` ends a document; `<|im_start|>` and `<|im_end|>` frame the turns
+of a conversation.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
         """Learns a byte-level BPE; the same texts in the same order give the same tokenizer.
 
-        The vocabulary is smaller than `vocab_size` where the texts run out of pairs to merge. Raises ValueError
-        where it could not even hold the 256 bytes and the three special tokens."""
+        The vocabulary is smaller than `vocab_size` where the texts run out of pairs to merge. Raises
+        ValueError where it could not even hold the 256 bytes and the three special tokens.
+        """
         special = (END_OF_TEXT, TURN_START, TURN_END)
         least = 256 + len(special)
         if vocab_size < least:

@@ -1,9 +1,9 @@
 """Builds a corpus: text in, shards of tokens out, once, before any training.
 
-Inputs are cut into units of a few megabytes, which any number of processes turns into parts under `.build`. Then
-the parts are merged in order: equal documents dropped, held-out ones set apart, the rest written into shards. A
-part is whole or not there, so a build that was stopped goes on with the units that lack one, and the result is the
-same byte for byte. While it is built, a corpus takes twice its room on the disk.
+Inputs are cut into units of a few megabytes, which any number of processes turns into parts under `.build`.
+Then the parts are merged in order: equal documents dropped, held-out ones set apart, the rest written into
+shards. A part is whole or not there, so a build that was stopped goes on with the units that lack one, and
+the result is the same byte for byte. While it is built, a corpus takes twice its room on the disk.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -48,13 +48,13 @@ from tenfold.train.sources import (
     read_documents,
 )
 
-UNIT_BYTES = 4 << 20  # of input that is worked off and kept as one
+UNIT_BYTES = 4 << 20  # of input that is worked off, and kept, as one
 POOL_BYTES = 64 << 20  # of input from which on starting processes pays
 SAMPLE_BYTES = 100 << 20  # of input that a tokenizer is trained on, at most
 BATCH_CHARACTERS = 1 << 20  # tokenized in one call
 FREE = 255  # split of a document that its hash decides
-ELSEWHERE = "delete that folder, or choose another"
 Unit = tuple[Span, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +100,13 @@ def build_corpus(
     workers: int | None = None,
     console: Console | None = None,
 ) -> Index:
-    """Builds the corpus `out` from text, JSON lines and Parquet files, folders or globs of them, and `wikitext-2`.
+    """Builds the corpus `out` from text, JSON lines and Parquet files, folders, globs, and `wikitext-2`.
 
-    Goes on with a build that was interrupted, and returns at once where the same one is finished and undamaged.
+    Goes on with a build that was interrupted, and returns at once where the same one is finished and whole.
     The number of worker processes (one per core where None) changes the speed alone.
 
-    Raises ValueError where an input cannot be read or `out` holds another corpus, OSError where `out` cannot be
-    written.
+    Raises ValueError where an input cannot be read or `out` holds another corpus, OSError where `out` cannot
+    be written.
     """
     names = [str(name) for name in inputs]
     spans = plan_spans(find_inputs(names), config.form)
@@ -115,11 +115,12 @@ def build_corpus(
     if finished is not None:
         return finished
     staging = out / ".build"
-    _claim(staging, source)
+    staging.mkdir(parents=True, exist_ok=True)
     units = list(_units(spans))
     with _progress(console) as progress:
-        tokenizer = _prepare_tokenizer(out, units, config, progress)
-        parts = [staging / f"part-{i:06d}.npz" for i in range(len(units))]
+        tokenizer = _prepare_tokenizer(out, source, units, config, progress)
+        meaning = file_sha256(out / "tokenizer.json")
+        parts = [staging / _part_name(unit, config.form, meaning) for unit in units]
         _tokenize(units, parts, tokenizer, out, config.form, workers or os.cpu_count() or 1, progress)
         index = _merge(parts, out, tokenizer, config, source, names, progress)
     write_index(out, index)
@@ -131,28 +132,48 @@ def build_corpus(
 
 
 def _units(spans: Iterable[Span]) -> Iterator[Unit]:
-    unit: list[Span] = []
-    for span in spans:
-        unit.append(span)
-        if sum(each.size for each in unit) >= UNIT_BYTES or len(unit) == 1024:
-            yield tuple(unit)
-            unit = []
-    if unit:
-        yield tuple(unit)
+    return map(tuple, _grouped(spans, lambda span: span.size, UNIT_BYTES))
+
+
+def _grouped(things: Iterable[T], size: Callable[[T], int], enough: int) -> Iterator[list[T]]:
+    """Neighbours in groups of at least `enough` together, or of 1024."""
+    group: list[T] = []
+    total = 0
+    for thing in things:
+        group.append(thing)
+        total += size(thing)
+        if total >= enough or len(group) == 1024:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
 
 
 def _fingerprint(spans: Sequence[Span], config: CorpusConfig) -> str:
-    """A checksum of all that a build depends on; a file that was written to since counts as another."""
-    paths = dict.fromkeys(span.path for span in spans)
-    times = [None if path.startswith(f"{WIKITEXT}:") else Path(path).stat().st_mtime_ns for path in paths]
+    """What a corpus is built from, in short."""
     tokenizer = config.tokenizer and file_sha256(_tokenizer_file(config.tokenizer))
-    everything = json.dumps([spans, times, _settings(config), tokenizer, UNIT_BYTES])
-    return hashlib.sha256(everything.encode()).hexdigest()
+    return _digest(_stamped(spans), _settings(config), tokenizer)
+
+
+def _part_name(unit: Unit, form: Form, tokenizer: str) -> str:
+    """Named by all that a part depends on, so that one from before a change is never taken for another."""
+    return f"part-{_digest(_stamped(unit), form, tokenizer)}.npz"
+
+
+def _stamped(spans: Iterable[Span]) -> list[object]:
+    """Spans, and when their files were written last: a file that changed since is another one."""
+    spans = list(spans)
+    paths = dict.fromkeys(span.path for span in spans if not span.path.startswith(f"{WIKITEXT}:"))
+    return [spans, [Path(path).stat().st_mtime_ns for path in paths]]
+
+
+def _digest(*values: object) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _settings(config: CorpusConfig) -> dict[str, object]:
     values = {name: value for name, value in asdict(config).items() if value is not None}
-    return values | ({"tokenizer": str(config.tokenizer)} if config.tokenizer else {})
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def _tokenizer_file(folder: Path) -> Path:
@@ -168,7 +189,9 @@ def _finished(out: Path, source: str) -> Index | None:
         return None
     index = read_index(out)
     if index.source != source:
-        raise ValueError(f"{out} holds a corpus of other inputs or settings; {ELSEWHERE}")
+        raise ValueError(
+            f"{out} holds a corpus of other inputs or settings; delete it, or choose another folder"
+        )
     if damage(out, index, checksums=True) is not None:
         (out / INDEX).unlink()  # built anew from here
         return None
@@ -176,26 +199,14 @@ def _finished(out: Path, source: str) -> Index | None:
     return index
 
 
-def _claim(staging: Path, source: str) -> None:
-    """Makes the folder for parts, or takes up the one that an interrupted build of the same corpus left."""
-    staging.mkdir(parents=True, exist_ok=True)
-    mark = staging / "source"
-    if not mark.exists():
-        write_atomic(mark, source.encode())
-    elif mark.read_text() != source:
-        raise ValueError(
-            f"{staging.parent} holds an unfinished build of other inputs or settings; {ELSEWHERE}"
-        )
-
-
 # ---- the tokenizer -----------------------------------------------------------------------------------------
 
 
 def _prepare_tokenizer(
-    out: Path, units: Sequence[Unit], config: CorpusConfig, progress: Progress
+    out: Path, source: str, units: Sequence[Unit], config: CorpusConfig, progress: Progress
 ) -> Tokenizer:
     """The tokenizer of the corpus, saved beside it. One that was trained before an interruption is kept."""
-    kept = out / ".build" / "tokenizer"
+    kept = out / ".build" / f"tokenizer-{source}"
     if not kept.is_dir():
         temporary = kept.with_suffix(".partial")
         _make_tokenizer(units, config, progress).save(temporary)
@@ -324,7 +335,7 @@ def _encode(unit: Unit, tokenizer: Tokenizer, form: Form) -> Part:
 
     tokens = [
         np.array(ids, np.uint32)
-        for batch in _batches(text_slices())
+        for batch in _grouped(text_slices(), len, BATCH_CHARACTERS)
         for ids in tokenizer.encode_batch(batch, special_tokens=False)
     ]
     sizes = np.bincount(owners, [len(each) for each in tokens], len(hashes)).astype(np.int64)
@@ -341,17 +352,6 @@ def _encode(unit: Unit, tokenizer: Tokenizer, form: Form) -> Part:
 def _documents(unit: Unit, form: Form) -> Iterator[Document]:
     for span in unit:
         yield from read_documents(span, form)
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if sum(map(len, batch)) >= BATCH_CHARACTERS or len(batch) == 4096:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _code(document: Document) -> int:
@@ -384,7 +384,6 @@ def _merge(
     """Writes the shards, from the parts in their order."""
     hashes, given = _gather(parts, "hashes"), _gather(parts, "splits")
     if not len(hashes):
-        shutil.rmtree(out / ".build")
         raise ValueError(f"no text in the inputs ({', '.join(inputs)[:200]}): every document is empty")
     splits = assign_splits(hashes, given, config.validation_fraction)
     kept = first_of_equals(hashes, splits)

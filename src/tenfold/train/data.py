@@ -2,9 +2,9 @@
 
 Shape letters: B rows, T tokens in a row, P pieces of documents, R rows in an epoch.
 
-A document that is longer than a row is cut into pieces. Pieces are packed best-fit: longest first, each into the
-row that it fills best. An epoch's plan is a pure function of (seed, epoch), so a position is two numbers and any rank
-computes its own rows without talking to others.
+A document that is longer than a row is cut into pieces. Pieces are packed best-fit: longest first, each into
+the row that it fills best. An epoch's plan is a pure function of (seed, epoch), so a position is two numbers
+and any rank computes its own rows without talking to others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -147,7 +147,7 @@ def plan_epoch(lengths: np.ndarray, capacity: int, seed: int, epoch: int) -> Pla
 
 
 def pack(documents: np.ndarray, lengths: np.ndarray, capacity: int) -> Plan:
-    """Cuts documents into pieces and packs these buffer by buffer, in the order given. `lengths` is by document."""
+    """Cuts documents into pieces and packs these buffer by buffer. `lengths` is by document."""
     sizes = lengths[documents]
     counts = -(-sizes // capacity)
     owner = np.repeat(np.arange(len(documents)), counts)
@@ -156,7 +156,7 @@ def pack(documents: np.ndarray, lengths: np.ndarray, capacity: int) -> Plan:
     buffer = (np.cumsum(length) - 1) // (BUFFER_ROWS * capacity)
     borders = [0, *(np.flatnonzero(np.diff(buffer)) + 1).tolist(), len(owner)]
     rows: list[list[int]] = []
-    for a, b in zip(borders, borders[1:], strict=False):
+    for a, b in pairwise(borders):
         rows += [[a + i for i in row] for row in best_fit(length[a:b], capacity)]
     order = np.fromiter(chain.from_iterable(rows), np.int64, len(owner))
     first = np.cumsum([0, *map(len, rows)])
@@ -164,7 +164,7 @@ def pack(documents: np.ndarray, lengths: np.ndarray, capacity: int) -> Plan:
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Puts things into rows of `capacity`: longest first, each into the open row with the least room that holds it."""
+    """Fills rows of `capacity`: longest first, each into the open row with the least room that holds it."""
     rows: list[list[int]] = []
     open_rows: defaultdict[int, list[int]] = defaultdict(list)  # by the room they have left
     rooms = 0  # bit r is set where a row with room r is open
@@ -278,7 +278,7 @@ class PackedLoader:
         return {"epoch": self._epoch, "row": self._row, "rows": self.rows, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where another loader stood. Raises ValueError where it read other data or in another order."""
+        """Goes on where another loader stood. Raises ValueError where that one read other data or order."""
         if state["seed"] != self.seed:
             raise ValueError(f"the data position was saved under seed {state['seed']}, not {self.seed}")
         self._enter(state["epoch"])

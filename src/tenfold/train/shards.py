@@ -1,4 +1,4 @@
-"""A corpus on disk: shards of tokens, and an index that is written last, so that it promises only what is there.
+"""A corpus on disk: shards of tokens, and an index that comes last, so that it promises only what is there.
 
 train-00000.bin   tokens of one document after another, little-endian uint16 or uint32, each ending in eos
 train-00000.idx   where each document begins, and the end of the last: int64, counted in tokens
@@ -84,7 +84,7 @@ def write_index(folder: Path, index: Index) -> None:
 
 def damage(folder: Path, index: Index, checksums: bool) -> str | None:
     """What is wrong with the files of a corpus: sizes, and checksums where asked for. None if nothing is."""
-    checks = [("tokenizer.json", None, index.tokenizer_sha256)]
+    checks: list[tuple[str, int | None, str]] = [("tokenizer.json", None, index.tokenizer_sha256)]
     for split in index.splits.values():
         for shard in split.shards:
             size = shard.tokens * np.dtype(index.dtype).itemsize

@@ -184,7 +184,7 @@ def _json_text(line: str, field: str, place: str) -> str:
         raise ValueError(f"{place}: expected a JSON object, got {type(row).__name__}")
     if field not in row:
         known = ", ".join(row) or "none"
-        raise ValueError(f"{place}: no field {field!r}, only {known}; set `field` to the one with text")
+        raise ValueError(f"{place}: no field {field!r} among {known}; set `field` to the one with text")
     text = row[field]
     if not isinstance(text, str):
         raise ValueError(f"{place}: field {field!r} holds {type(text).__name__}, expected text")
@@ -229,7 +229,7 @@ def _rows(span: Span, field: str) -> Iterator[str]:
         if field not in names:
             columns = ", ".join(names)
             raise ValueError(
-                f"{span.path}: no column {field!r}, only {columns}; set `field` to the one with text"
+                f"{span.path}: no column {field!r} among {columns}; set `field` to the one with text"
             )
         for batch in file.iter_batches(1024, row_groups=range(span.begin, span.end), columns=[field]):
             for text in batch.column(0).to_pylist():
@@ -256,7 +256,7 @@ def _parquet(path: str) -> ParquetFile:
 
 @lru_cache(maxsize=1)
 def _articles(split: str) -> tuple[str, ...]:
-    """A line ` = Title = ` between two empty ones begins an article. Formulas look alike, but stand in text."""
+    """A line ` = Title = ` between two empty ones begins an article. Formulas look alike, within text."""
     name = {"train": "train", "validation": "valid", "test": "test"}[split]
     packed = files("tenfold").joinpath(f"data/{name}.raw.xz").read_bytes()
     lines = lzma.decompress(packed).decode().splitlines(keepends=True)
