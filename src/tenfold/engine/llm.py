@@ -38,8 +38,8 @@ def generate(model: LanguageModel, prompt_ids: Sequence[int], params: SamplingPa
     """Yields tokens that continue the prompt, each as soon as it is known.
 
     Ends after `max_tokens`, before a stop token (one of `params` or an eos token of the configuration), or
-    where the context is full. Raises ValueError, on the call, for a prompt that is empty or too long, or holds
-    a token that the vocabulary does not.
+    where the context is full. Raises ValueError, on the call, for a prompt that is empty, too long, or not of
+    the model's vocabulary.
     """
     _check_prompt(prompt_ids, model.config)
     return _tokens(model, list(prompt_ids), params)

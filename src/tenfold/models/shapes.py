@@ -57,9 +57,9 @@ def init_checkpoint(
 ) -> None:
     """Writes a model of a named shape with random weights and a tokenizer into the folder `out`.
 
-    dtype: "float32", "bfloat16" or "float16" (A_log and dt_bias are float32). An interrupted call is taken up
-    again by the same call. Raises ValueError for an unknown shape or a folder that is not empty, OSError where
-    the disk has no room.
+    dtype: "float32", "bfloat16" or "float16" (A_log and dt_bias are float32). The same call takes up again
+    what an interruption left. Raises ValueError for an unknown shape or a folder that is not empty, OSError
+    where the disk has no room.
     """
     if shape not in SHAPES:
         raise ValueError(f"unknown shape {shape!r}, known are {', '.join(SHAPES)}")
