@@ -7,11 +7,12 @@ A command parses its arguments into something to run. Its imports wait until it 
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import asdict, dataclass, field, make_dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -107,12 +108,16 @@ class Generate:
         from tenfold.engine.llm import SamplingParams, generate
         from tenfold.models.weights import load
 
-        params = SamplingParams(
-            max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
-        )
         model, tokenizer = load(self.model, self.dtype, self.device)
         if tokenizer is None:
             raise ValueError(f"{self.model}: no tokenizer.json, which is needed to read the prompt")
+        params = SamplingParams(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop_ids=tokenizer.stop_ids,
+        )
         text = self.prompt
         if self.chat:
             text = tokenizer.apply_chat_template([{"role": "user", "content": self.prompt}])
@@ -120,7 +125,7 @@ class Generate:
         if not self.chat:
             print(self.prompt, end="", flush=True)
         started, count = time.perf_counter(), 0
-        decoder = tokenizer.stream()
+        decoder = tokenizer.stream(skip_special_tokens=True)
         for token in generate(model, prompt_ids, params):
             print(decoder.push(token), end="", flush=True)
             count += 1
@@ -134,11 +139,18 @@ class Info:
     """Describe a checkpoint: its shape, parameters and files."""
 
     model: Annotated[Positional[Path], arg(metavar="MODEL")]  # checkpoint folder
+    json: bool = False  # for programs
 
     def run(self) -> None:
+        from rich.console import Console
+
         from tenfold.models.info import describe
 
-        print(describe(self.model))
+        info = describe(self.model)
+        if self.json:
+            print(json.dumps(asdict(info), indent=2))
+        else:
+            Console().print(info.table())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +163,9 @@ class Init:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the weights in the files
 
     def run(self) -> None:
-        from tenfold.models.shapes import init
+        from tenfold.models.shapes import init_checkpoint
 
-        init(self.shape, self.out, seed=self.seed, dtype=self.dtype)
+        init_checkpoint(self.shape, self.out, self.seed, self.dtype)
 
 
 def parse_train(args: Sequence[str]) -> Run:

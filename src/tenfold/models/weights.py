@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from textwrap import shorten
 from typing import cast
 
 import torch
@@ -82,7 +83,7 @@ def resolve_folder(path_or_name: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path_or_name), allow_patterns=HUB_FILES))
     except (OSError, HFValidationError, http_error) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = shorten(str(error), 160, placeholder=" ...") or type(error).__name__
         raise OSError(f"{path_or_name}: no such folder, and not to be had from the hub: {reason}") from None
 
 
@@ -276,7 +277,7 @@ def _fill(state: dict[str, Tensor], places: dict[str, Piece], checkpoint: Checkp
     held = checkpoint.tensors
     in_file_order = sorted(places, key=lambda name: (held[name].path, held[name].begin))
     total = sum(held[name].nbytes for name in places)
-    with byte_bar(f"reading {checkpoint.folder.name}", total, progress) as advance:
+    with byte_bar(f"reading {checkpoint.folder}", total, progress) as advance:
         for path, names in groupby(in_file_order, key=lambda name: held[name].path):
             for name, tensor in _read_file(path, names):
                 piece = places[name]
@@ -352,7 +353,7 @@ def write_checkpoint(
     left = [name for name in shards if name not in done]
     total = sum(source.nbytes for name in left for source in shards[name])
     _check_room(staging, total)
-    with byte_bar(f"writing {folder.name}", total, progress) as advance:
+    with byte_bar(f"writing {folder}", total, progress) as advance:
         for name in left:
             _write_shard(staging / name, headers[name], shards[name], advance)
     _write_descriptions(staging, config, dtype, shards, tokenizer)
