@@ -417,6 +417,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         r"quantised weights \(fp8\) are not supported yet",
     ),
     "a number as text": (configure("hidden_size", "16"), "hidden_size must be of type int, got '16'"),
+    "no width": (configure("hidden_size", -3), "hidden_size must be 1 or more, got -3"),
+    "no step": (configure("decoder_sparse_step", 0), "decoder_sparse_step must be 1 or more, got 0"),
     "zero heads": (configure("num_key_value_heads", 0), "num_key_value_heads|makes no model"),
 }
 

@@ -48,6 +48,7 @@ from tenfold.tokenizer import Tokenizer
 
 INDEX, SINGLE, STAGING = "model.safetensors.index.json", "model.safetensors", ".unfinished"
 PICKLED = (".bin", ".pt", ".pth", ".pkl")
+MAY_BE_ZERO = re.compile("expert|moe|nextn")  # among the counts and sizes in config.json
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]
 Advance = Callable[[int], None]  # of a progress bar, by bytes
@@ -176,6 +177,9 @@ def _check_types(config: Config, path: Path) -> None:
             if kind is float and type(value) is int:
                 continue
             raise ValueError(f"{path}: {field.name} must be of type {kind.__name__}, got {value!r}")
+        least = 0 if MAY_BE_ZERO.search(field.name) else 1
+        if kind is int and value < least:
+            raise ValueError(f"{path}: {field.name} must be {least} or more, got {value}")
 
 
 def _weight_files(folder: Path) -> list[Path]:
