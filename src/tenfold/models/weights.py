@@ -178,7 +178,7 @@ def _check_types(config: Config, path: Path) -> None:
                 continue
             raise ValueError(f"{path}: {field.name} must be of type {kind.__name__}, got {value!r}")
         least = 0 if MAY_BE_ZERO.search(field.name) else 1
-        if kind is int and value < least:
+        if kind is int and int(value) < least:
             raise ValueError(f"{path}: {field.name} must be {least} or more, got {value}")
 
 
