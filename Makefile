@@ -20,7 +20,7 @@ setup: $(READY)  ## install everything into .venv
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "tenfold needs Python 3.11, 3.12 or 3.13; none found (python3 is $$(python3 -V 2>&1)). Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
-	@echo "Installing Tenfold and torch into .venv: 200 MB to download, a few minutes, this once."
+	@echo "Installing Tenfold and torch into .venv; this takes a few minutes, once."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "$(PYTHON) could not make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; rm -rf .venv; exit 1; }
 	@$(BIN)/python -c 'import sys, importlib.metadata as m; sys.exit("$(TORCH)" != "torch==" + m.version("torch").split("+")[0])' 2>/dev/null || \
 	    $(PIP) --no-deps --retries 0 --index-url $(TORCH_INDEX) $(TORCH) 2>/dev/null || $(PIP) $(TORCH)

@@ -11,21 +11,29 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, make_dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Protocol, TypeVar
 
 import tyro
 from tyro.conf import Positional, arg
 
 from tenfold import __version__, config
 
+if TYPE_CHECKING:
+    from tenfold.tokenizer import Tokenizer
+
 Run = Callable[[], None]
+T = TypeVar("T")
 Shape = Literal["tiny", "mid", "80b-a3b"]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+Inputs = Annotated[
+    Positional[tuple[str, ...]],
+    arg(metavar="INPUT...", help="files, folders, globs, wikitext-2", help_behavior_hint="(required)"),
+]
 INTERRUPTED, BROKEN_PIPE, MISTAKE = 130, 141, 2  # exit codes
 
 
@@ -87,6 +95,12 @@ def explain(error: Exception) -> str | None:
     return None if isinstance(error, RuntimeError) else text
 
 
+class Runnable(Protocol):
+    """A command's options, as a dataclass."""
+
+    def run(self) -> None: ...
+
+
 # ---- commands ----------------------------------------------------------------------------------------------
 
 
@@ -105,33 +119,54 @@ class Generate:
     device: Literal["cpu", "cuda"] = "cpu"  # where to run
 
     def run(self) -> None:
-        from tenfold.engine.llm import SamplingParams, generate
-        from tenfold.models.weights import load
+        from tenfold.engine.llm import LLM, SamplingParams, generate, stream_text
 
-        model, tokenizer = load(self.model, self.dtype, self.device)
-        if tokenizer is None:
-            raise ValueError(f"{self.model}: no tokenizer.json, which is needed to read the prompt")
+        self.check()
         params = SamplingParams(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=self.seed,
-            stop_ids=tokenizer.stop_ids,
+            max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
         )
-        text = self.prompt
-        if self.chat:
-            text = tokenizer.apply_chat_template([{"role": "user", "content": self.prompt}])
-        prompt_ids = tokenizer.encode(text)
+        llm = LLM.load(self.model, self.dtype, self.device)
+        params = replace(params, stop_ids=llm.tokenizer.stop_ids)
+        prompt_ids = self.prompt_ids(llm.tokenizer)
         if not self.chat:
             print(self.prompt, end="", flush=True)
-        started, count = time.perf_counter(), 0
-        decoder = tokenizer.stream(skip_special_tokens=True)
-        for token in generate(model, prompt_ids, params):
-            print(decoder.push(token), end="", flush=True)
-            count += 1
-        print(decoder.finish())
+        tokens = Counted(generate(llm.model, prompt_ids, params))
+        started = time.perf_counter()
+        for text in stream_text(llm.tokenizer, tokens):
+            print(text, end="", flush=True)
         seconds = time.perf_counter() - started
-        print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
+        print(flush=True)
+        told = f"{len(prompt_ids)} tokens read, {tokens.count} written in {seconds:.1f} s"
+        print(f"({told}, {tokens.count / seconds:.1f} tokens/s)", file=sys.stderr)
+
+    def check(self) -> None:
+        """Raises ValueError for what would only be found out after the model has been read."""
+        import torch
+
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch finds no GPU, or is a build for CPUs only")
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"--prompt: not UTF-8 at character {error.start}") from None
+
+    def prompt_ids(self, tokenizer: Tokenizer) -> list[int]:
+        """The prompt as tokens; an empty one begins a new document."""
+        if not self.chat:
+            return tokenizer.encode(self.prompt) or [tokenizer.eos_id]
+        return tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": self.prompt}]))
+
+
+class Counted:
+    """Passes tokens on and counts them."""
+
+    def __init__(self, tokens: Iterator[int]) -> None:
+        self.tokens, self.count = tokens, 0
+
+    def __iter__(self) -> Iterator[int]:
+        for token in self.tokens:
+            self.count += 1
+            yield token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,31 +203,85 @@ class Init:
         init_checkpoint(self.shape, self.out, self.seed, self.dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizer:
+    """Learn a byte-level BPE tokenizer from text."""
+
+    inputs: Inputs
+    out: Path  # folder to write
+    vocab_size: int = 4096  # tokens, the 259 that every tokenizer has included
+    field: str = "text"  # of JSON lines and Parquet files that holds the text
+    separator: str | None = None  # the line between two documents of a text file
+
+    def run(self) -> None:
+        from rich.console import Console
+        from rich.progress import track
+
+        from tenfold.tokenizer import Tokenizer
+        from tenfold.train.sources import Form, find_inputs, plan_spans, read_documents
+
+        if (self.out / "tokenizer.json").exists():
+            raise ValueError(f"{self.out}: there is a tokenizer already; delete it, or choose another folder")
+        form = Form(self.field, self.separator)
+        spans = plan_spans(find_inputs(self.inputs), form)
+        spans = track(spans, "reading", console=Console(stderr=True), transient=True)
+        texts = (d.text for span in spans for d in read_documents(span, form) if d.split in (None, "train"))
+        tokenizer = Tokenizer.train(texts, self.vocab_size)
+        tokenizer.save(self.out)
+        print(f"{self.out}: {tokenizer.vocab_size:,} tokens")
+
+
+def parse_build(args: Sequence[str]) -> Run:
+    """`tenfold data build INPUT... --out DIR`, with the fields of CorpusConfig as options."""
+    from rich.console import Console
+
+    from tenfold.train.corpus import CorpusConfig, build_corpus
+
+    kind = make_dataclass(
+        "Build",
+        [
+            ("inputs", Inputs),
+            ("out", Annotated[Path, arg(help="folder to write")]),
+            ("config", Annotated[CorpusConfig, arg(name="")]),
+            ("workers", Annotated[int | None, arg(help="processes; one per core without it")], None),
+        ],
+    )
+    chosen = parse_options(kind, args, "data build", COMMANDS["data build"].summary)
+
+    def run() -> None:
+        screen = Console(stderr=True)
+        index = build_corpus(chosen.inputs, chosen.out, chosen.config, workers=chosen.workers, console=screen)
+        for name, split in index.splits.items():
+            print(f"{chosen.out}: {name:<10} {split.tokens:>14,} tokens in {split.documents:,} documents")
+
+    return run
+
+
 def parse_train(args: Sequence[str]) -> Run:
     """`tenfold train RECIPE [--resume] [--section.key value ...]`: options override what the recipe says."""
     from tenfold.train.trainer import TrainConfig, train
 
     recipe = Path(args[0]) if args and not args[0].startswith("-") else None
     defaults = config.load_toml(TrainConfig, recipe) if recipe else TrainConfig()
-    options = make_dataclass(
-        "TrainOptions",
+    kind = make_dataclass(
+        "Train",
         [
-            ("resume", Annotated[bool, arg(help="go on from the last checkpoint")], field(default=False)),
+            ("resume", Annotated[bool, arg(help="go on from the last checkpoint")], False),
             ("config", Annotated[TrainConfig, arg(name="")], field(default=defaults)),
         ],
     )
-    summary = f"Train a model by a recipe. {COMMANDS['train'].summary}."
-    chosen = tyro.cli(
-        options, args=args[bool(recipe) :], prog="tenfold train RECIPE.toml", description=summary
-    )
+    chosen = parse_options(kind, args[recipe is not None :], "train RECIPE", COMMANDS["train"].summary)
     return partial(train, chosen.config, chosen.resume)
 
 
 def parse_demo(args: Sequence[str]) -> Run:
-    """`tenfold demo`: the options are the fields of DemoConfig."""
+    """`tenfold demo`, with the fields of DemoConfig as options."""
     from tenfold.study.twins import DemoConfig, run_demo
 
-    return partial(run_demo, tyro.cli(DemoConfig, args=args, prog="tenfold demo"))
+    return partial(run_demo, parse_options(DemoConfig, args, "demo", COMMANDS["demo"].summary))
+
+
+# ---- the list of them --------------------------------------------------------------------------------------
 
 
 class Command(NamedTuple):
@@ -202,19 +291,23 @@ class Command(NamedTuple):
     parse: Callable[[Sequence[str]], Run]
 
 
-def options(kind: type[Generate] | type[Info] | type[Init], name: str) -> Command:
+def parse_options(kind: type[T], args: Sequence[str], name: str, summary: str) -> T:
+    """The options of a command as an instance of their dataclass."""
+    return tyro.cli(kind, args=args, prog=f"tenfold {name}", description=f"{summary}.")
+
+
+def command(kind: type[Runnable], name: str) -> Command:
     """A command whose options are the fields of a dataclass, and whose summary is its docstring."""
-    return Command(
-        (kind.__doc__ or "").rstrip("."), lambda args: tyro.cli(kind, args=args, prog=f"tenfold {name}").run
-    )
+    summary = (kind.__doc__ or "").rstrip(".")
+    return Command(summary, lambda args: parse_options(kind, args, name, summary).run)
 
 
 COMMANDS = {
-    "demo": Command(
-        "Train Qwen3-Next and its dense predecessor here, and compare what they cost", parse_demo
-    ),
+    "demo": Command("Train Qwen3-Next and its dense predecessor here, and compare their cost", parse_demo),
     "train": Command("Train a model by a recipe, a TOML file", parse_train),
-    "generate": options(Generate, "generate"),
-    "info": options(Info, "info"),
-    "init": options(Init, "init"),
+    "generate": command(Generate, "generate"),
+    "info": command(Info, "info"),
+    "init": command(Init, "init"),
+    "data build": Command("Turn text into a corpus of tokens to train on", parse_build),
+    "data tokenizer": command(TrainTokenizer, "data tokenizer"),
 }
