@@ -34,8 +34,8 @@ test: $(READY)  ## all tests
 	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2
 
 check: $(READY)  ## formatting, lint, types, layering
-	@$(BIN)/ruff format --check -q
-	@$(BIN)/ruff check -q
+	@$(BIN)/ruff format --check --quiet --output-format concise
+	@$(BIN)/ruff check --quiet --output-format concise
 	@$(BIN)/pyright --level error
 	@$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_layering.py
 

@@ -262,6 +262,8 @@ def parse_train(args: Sequence[str]) -> Run:
     from tenfold.train.trainer import TrainConfig, train
 
     recipe = Path(args[0]) if args and not args[0].startswith("-") else None
+    if recipe is None and not {"-h", "--help"} & set(args):
+        raise ValueError("the recipe comes first: tenfold train RECIPE.toml [OPTIONS]")
     defaults = config.load_toml(TrainConfig, recipe) if recipe else TrainConfig()
     kind = make_dataclass(
         "Train",
