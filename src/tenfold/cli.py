@@ -259,11 +259,11 @@ def parse_build(args: Sequence[str]) -> Run:
 
 def parse_train(args: Sequence[str]) -> Run:
     """`tenfold train RECIPE [--resume] [--section.key value ...]`: options override what the recipe says."""
-    from tenfold.train.trainer import TrainConfig, train
-
     recipe = Path(args[0]) if args and not args[0].startswith("-") else None
     if recipe is None and not {"-h", "--help"} & set(args):
         raise ValueError("the recipe comes first: tenfold train RECIPE.toml [OPTIONS]")
+    from tenfold.train.trainer import TrainConfig, train
+
     defaults = config.load_toml(TrainConfig, recipe) if recipe else TrainConfig()
     kind = make_dataclass(
         "Train",
