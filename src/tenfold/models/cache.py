@@ -56,13 +56,16 @@ class Cache:
         self.layers: list[AttentionMemory | RecurrentMemory] = []
         for kind in config.layer_types:
             if kind == FULL_ATTENTION:
-                empty = torch.zeros(batch_size, 0, config.num_key_value_heads, config.head_dim, dtype=dtype, device=device)
+                empty = torch.zeros(
+                    batch_size, 0, config.num_key_value_heads, config.head_dim, dtype=dtype, device=device
+                )
                 self.layers.append(AttentionMemory(empty, empty))
             else:
                 conv, recurrent = config.state_shapes()
                 self.layers.append(
                     RecurrentMemory(
-                        torch.zeros(batch_size, *conv, device=device), torch.zeros(batch_size, *recurrent, device=device)
+                        torch.zeros(batch_size, *conv, device=device),
+                        torch.zeros(batch_size, *recurrent, device=device),
                     )
                 )
 

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DT_RANGE = (1e-3, 1e-1)  # time steps at which a head may begin: median decay 0.94, where dt_bias = 1 would give 3e-5
+DT_RANGE = (
+    1e-3,
+    1e-1,
+)  # time steps at which a head may begin: median decay 0.94, where dt_bias = 1 would give 3e-5
 A_RANGE = (1.0, 16.0)  # away from zero: A = 0 means A_log = -inf, a head dead for ever
 
 
@@ -29,7 +32,11 @@ def init_tensor(
         bound = shape[-1] ** -0.5
         return torch.empty(*shape).uniform_(-bound, bound, generator=generator)
     if is_norm(name):
-        return torch.zeros(*shape) if zero_centered and not name.endswith("linear_attn.norm.weight") else torch.ones(*shape)
+        return (
+            torch.zeros(*shape)
+            if zero_centered and not name.endswith("linear_attn.norm.weight")
+            else torch.ones(*shape)
+        )
     weight = torch.empty(*shape).normal_(0.0, std, generator=generator)
     if is_router(name):
         weight *= std * shape[-1] ** 0.5 / weight.norm(dim=-1, keepdim=True)

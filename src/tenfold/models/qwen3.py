@@ -98,7 +98,9 @@ class Attention(nn.Module):
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        queries, keys = (
+            n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
+        )
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
@@ -157,9 +159,13 @@ class Qwen3(nn.Module):
         self.model = Trunk(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.frequencies, self.rope_factor = inverse_frequencies(config.rope_theta, config.head_dim, config.rope_scaling)
+        self.frequencies, self.rope_factor = inverse_frequencies(
+            config.rope_theta, config.head_dim, config.rope_scaling
+        )
 
-    def forward(self, input_ids: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         """Logits fp32 `[B, T, vocab]` of int64 `[B, T]` tokens; cache and cu_seqlens as in `Qwen3Next`."""
         hidden, _ = self.hidden_states(input_ids, cache, cu_seqlens)
         return F.linear(hidden, self.output_weight).float()
@@ -171,7 +177,9 @@ class Qwen3(nn.Module):
         check_input(input_ids, self.config.vocab_size, cache, cu_seqlens)
         batch, length = input_ids.shape
         at = positions(sequence_bounds(cu_seqlens, batch, length), input_ids.device).view(batch, length)
-        rotation = rotary_table(at + (0 if cache is None else cache.length), self.frequencies, self.rope_factor)
+        rotation = rotary_table(
+            at + (0 if cache is None else cache.length), self.frequencies, self.rope_factor
+        )
         x = self.model.embed_tokens(input_ids)
         for i, layer in enumerate(self.model.layers):
             memory = None if cache is None else cache.layers[i]

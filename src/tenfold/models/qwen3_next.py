@@ -81,7 +81,9 @@ class Qwen3NextConfig:
 
     def _check(self) -> None:
         problems = {
-            f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers": len(self.layer_types)
+            f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers": len(
+                self.layer_types
+            )
             != self.num_hidden_layers,
             f"layer_types must be {LINEAR_ATTENTION!r} or {FULL_ATTENTION!r}": bool(
                 set(self.layer_types) - {LINEAR_ATTENTION, FULL_ATTENTION}
@@ -91,7 +93,8 @@ class Qwen3NextConfig:
             f"{self.num_key_value_heads}": self.num_attention_heads % self.num_key_value_heads != 0,
             f"linear_num_value_heads {self.linear_num_value_heads} is no multiple of linear_num_key_heads "
             f"{self.linear_num_key_heads}": self.linear_num_value_heads % self.linear_num_key_heads != 0,
-            f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}": self.num_experts > 0
+            f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}": self.num_experts
+            > 0
             and self.num_experts_per_tok > self.num_experts,
             f"num_nextn_predict_layers {self.num_nextn_predict_layers} is not 0 or 1": self.num_nextn_predict_layers
             not in (0, 1),
@@ -135,9 +138,15 @@ def known_fields(cls: type, values: Mapping[str, object]) -> dict[str, object]:
         if rope.get("rope_type", "default") != "default":
             merged["rope_scaling"] = dict(rope)
     if merged.get("attention_bias"):
-        raise ValueError("config.json: attention_bias true is not supported, expected false as in every released model")
+        raise ValueError(
+            "config.json: attention_bias true is not supported, expected false as in every released model"
+        )
     names = {f.name for f in fields(cls)}
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in merged.items() if key in names}
+    return {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in merged.items()
+        if key in names
+    }
 
 
 def hf_fields(config: object, architecture: str) -> dict[str, object]:
@@ -146,7 +155,10 @@ def hf_fields(config: object, architecture: str) -> dict[str, object]:
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     scaling = values.get("rope_scaling") or {"rope_type": "default"}
     assert isinstance(scaling, dict)
-    rope = {"rope_theta": values["rope_theta"], "partial_rotary_factor": values.get("partial_rotary_factor", 1.0)}
+    rope = {
+        "rope_theta": values["rope_theta"],
+        "partial_rotary_factor": values.get("partial_rotary_factor", 1.0),
+    }
     return {"architectures": [architecture], **values, "rope_parameters": {**scaling, **rope}}
 
 
@@ -180,7 +192,9 @@ class GatedAttention(nn.Module):
     def __init__(self, config: Qwen3NextConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        queries, keys = (
+            n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
+        )
         self.q_proj = nn.Linear(config.hidden_size, 2 * queries, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
@@ -209,7 +223,9 @@ class GatedDeltaNet(nn.Module):
         values, channels = self.value_heads * self.value_dim, config.conv_channels
         self.in_proj_qkvz = nn.Linear(config.hidden_size, channels + values, bias=False)
         self.in_proj_ba = nn.Linear(config.hidden_size, 2 * self.value_heads, bias=False)
-        self.conv1d = nn.Conv1d(channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False)
+        self.conv1d = nn.Conv1d(
+            channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False
+        )
         self.dt_bias = nn.Parameter(torch.ones(self.value_heads))
         self.A_log = nn.Parameter(torch.zeros(self.value_heads))
         self.norm = GatedRMSNorm(self.value_dim, config.rms_norm_eps)
@@ -301,7 +317,11 @@ class DecoderLayer(nn.Module):
         self.mlp = SparseMoE(config) if sparse else FeedForward(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, rotation: Rotation, memory: AttentionMemory | RecurrentMemory | None, cu_seqlens: Tensor | None
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        memory: AttentionMemory | RecurrentMemory | None,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, RouterLoad | None]:
         normed = self.input_layernorm(x)
         if self.recurs:
@@ -357,15 +377,21 @@ class Qwen3Next(nn.Module):
     def __init__(self, config: Qwen3NextConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute = False  # drop a layer's activations in training and make them again in the backward pass
+        self.recompute = (
+            False  # drop a layer's activations in training and make them again in the backward pass
+        )
         self.model = Trunk(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MultiTokenPrediction(config) if config.num_nextn_predict_layers else None
         rotated = int(config.head_dim * config.partial_rotary_factor)
-        self.frequencies, self.rope_factor = inverse_frequencies(config.rope_theta, rotated, config.rope_scaling)
+        self.frequencies, self.rope_factor = inverse_frequencies(
+            config.rope_theta, rotated, config.rope_scaling
+        )
 
-    def forward(self, input_ids: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
         """Logits fp32 `[B, T, vocab]` of int64 `[B, T]` tokens.
 
         With a cache the tokens follow those it has seen, and it is advanced. cu_seqlens packs several documents into

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tenfold.ops.precision import autocast_dtype
 
 IGNORE = -100
-CHUNK_BYTES = 16 * 2**20  # of fp32 logits held at a time: past the caches, small beside a model
+CHUNK_BYTES = 16 * 2**20  # of fp32 logits held at a time: they stay in cache through the passes over them
 
 
 def naive_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -26,21 +26,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, needs_grad: bool) -> Tensor:
-        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        rows = min(len(hidden), max(1, CHUNK_BYTES // (4 * weight.shape[0])))
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=_wide(weight)) if needs_grad else None
         total = hidden.new_zeros((), dtype=_wide(hidden))
+        buffer = hidden.new_empty(rows, weight.shape[0])
         for begin in range(0, len(hidden), rows):
             chunk = slice(begin, begin + rows)
             x, target, kept = hidden[chunk], labels[chunk].clamp(min=0)[:, None], labels[chunk] != IGNORE
-            log_p = (x @ weight.T).to(total.dtype).log_softmax(-1)
-            total -= (log_p.gather(1, target)[:, 0] * kept).sum()
+            p = torch.mm(x, weight.T, out=buffer[: len(x)]).to(total.dtype)
+            chosen, largest = p.gather(1, target), p.amax(-1, keepdim=True)
+            mass = p.sub_(largest).exp_().sum(-1, keepdim=True)
+            total += ((mass.log() + largest - chosen)[:, 0] * kept).sum()
             if grad_hidden is not None and grad_weight is not None:
-                p = log_p.exp_()
-                p.scatter_add_(1, target, p.new_full((len(p), 1), -1.0))
-                p = p.mul_(kept[:, None]).to(weight.dtype)
+                p.mul_(kept[:, None] / mass)
+                p.scatter_add_(1, target, -kept[:, None].to(p.dtype))
+                p = p.to(weight.dtype)
                 torch.mm(p, weight, out=grad_hidden[chunk])
-                grad_weight += p.T @ x
+                grad_weight.addmm_(p.T, x) if p.dtype == grad_weight.dtype else grad_weight.add_(p.T @ x)
         ctx.save_for_backward(grad_hidden, grad_weight)  # type: ignore[attr-defined]
         ctx.weight_dtype = weight.dtype  # type: ignore[attr-defined]
         return total

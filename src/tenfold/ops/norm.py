@@ -71,4 +71,6 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 def _check_last_dim(op: str, x: Tensor, weight: Tensor) -> None:
     if weight.shape != x.shape[-1:]:
-        raise ValueError(f"{op}: weight must have shape [{x.shape[-1]}] like the last dim of x, got {list(weight.shape)}")
+        raise ValueError(
+            f"{op}: weight must have shape [{x.shape[-1]}] like the last dim of x, got {list(weight.shape)}"
+        )
