@@ -62,9 +62,7 @@ def test_the_real_command_tells_a_mistake_in_one_line(tmp_path: Path) -> None:
         (["data", "build", "/nowhere.txt", "--out", "/tmp/never"], "/nowhere.txt"),
     ],
 )
-def test_mistakes_are_told_in_one_line(
-    args: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_told_in_one_line(args: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(args) == 2
     told = capsys.readouterr().err
     assert told.startswith("tenfold: error: ") and told.count("\n") == 1 and complaint in told

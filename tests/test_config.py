@@ -57,9 +57,7 @@ recipes = st.builds(
     Recipe,
     name=text,
     optim=optims,
-    stages=st.lists(st.builds(Stage, name=text, steps=st.integers(), note=st.none() | text), max_size=3).map(
-        tuple
-    ),
+    stages=st.lists(st.builds(Stage, name=text, steps=st.integers(), note=st.none() | text), max_size=3).map(tuple),
     weights=st.dictionaries(text, st.floats(allow_nan=False), max_size=3),
     nested=st.dictionaries(text, st.dictionaries(text, st.integers(), max_size=2), max_size=2),
     out=st.sampled_from([Path("runs/ä b"), Path("/tmp/x"), Path(".")]),

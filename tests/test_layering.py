@@ -63,14 +63,10 @@ def test_files_stay_readable(path: Path) -> None:
             assert node.args.kwarg is None, f"{node.name}: **kwargs hides what may be given"
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in FILES if home(path) == "models"], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", [path for path in FILES if home(path) == "models"], ids=lambda path: path.name)
 def test_models_touch_files_in_weights_only(path: Path) -> None:
     if path.name != "weights.py":
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
-                name = (
-                    node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-                )
+                name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
                 assert name not in FILE_ACCESS, f"line {node.lineno}: {name}() belongs in weights.py"

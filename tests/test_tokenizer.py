@@ -68,9 +68,7 @@ def test_any_text_survives(qwen: Tokenizer, trained: Tokenizer, text: str) -> No
 
 @settings(max_examples=200)
 @given(st.data())
-def test_streamed_pieces_are_whole_characters_and_make_up_the_text(
-    trained: Tokenizer, data: st.DataObject
-) -> None:
+def test_streamed_pieces_are_whole_characters_and_make_up_the_text(trained: Tokenizer, data: st.DataObject) -> None:
     ids = data.draw(st.lists(st.integers(0, trained.vocab_size + 2)))
     skip = data.draw(st.booleans())
     stream = trained.stream(skip_special_tokens=skip)
@@ -132,9 +130,7 @@ def test_transformers_gives_the_same_tokens_and_chats(tokenizer: Tokenizer, tmp_
         assert ours.decode(ids) == theirs.decode(ids)
     for messages, tools in ((CHAT, None), (CALLS, TOOLS), (CHAT[1:2], None)):
         for prompt in (True, False):
-            expected = theirs.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=prompt, tools=tools
-            )
+            expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, tools=tools)
             assert ours.apply_chat_template(messages, prompt, tools) == expected
 
 
@@ -176,9 +172,7 @@ def test_a_folder_without_a_tokenizer_has_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe{}", b"[]", b"{}"])
-def test_damaged_files_are_told_in_one_line(
-    trained: Tokenizer, tmp_path: Path, name: str, content: bytes
-) -> None:
+def test_damaged_files_are_told_in_one_line(trained: Tokenizer, tmp_path: Path, name: str, content: bytes) -> None:
     trained.save(tmp_path)
     (tmp_path / name).write_bytes(content)
     if (name, content) == ("tokenizer_config.json", b"{}"):

@@ -1,7 +1,8 @@
 """Configurations: frozen dataclasses from TOML files and back, with errors that say what to write instead.
 
 A field may be bool, int, float, str, Path, Literal, another dataclass (a table), tuple, list, dict with
-string keys, or a union of these. TOML has no null, so None is left out: it has to be the field's default.
+string keys, or a union of these. TOML has no null, so None is left out: it has to be the field's default. Which
+dataclass of a union a table is, a field says that is a Literal of one value in each: `model_type = "qwen3"`.
 """
 
 from __future__ import annotations
@@ -80,9 +81,7 @@ def _required(field: Field[Any]) -> bool:
 
 def _unknown_key(key: str, known: list[str]) -> str:
     near = get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"unknown key {key!r}, " + (
-        f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-    )
+    return f"unknown key {key!r}, " + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")
 
 
 def _convert(hint: Any, value: object, place: _Place) -> object:
@@ -106,6 +105,8 @@ def _convert(hint: Any, value: object, place: _Place) -> object:
 
 def _first_that_fits(options: tuple[Any, ...], value: object, place: _Place) -> object:
     present = [option for option in options if option is not NoneType]
+    if isinstance(value, Mapping):
+        present = _tagged(present, value, place) or present
     if len(present) == 1:
         return None if value is None else _convert(present[0], value, place)
     for option in sorted(options, key=lambda option: option is not type(value)):
@@ -116,6 +117,28 @@ def _first_that_fits(options: tuple[Any, ...], value: object, place: _Place) -> 
     raise _mismatch(value, " or ".join(_spelled(option) for option in present), place)
 
 
+def _tagged(options: list[Any], table: Mapping[str, object], place: _Place) -> list[Any]:
+    """The dataclasses whose tag the table has; the first one where it has none."""
+    tags = {option: _tag(option) for option in options if is_dataclass(option)}
+    named = {key for tag in tags.values() if tag is not None for key in (tag[0],) if key in table}
+    if not named:
+        return list(tags)[:1]
+    (key,) = named
+    fitting = [option for option, tag in tags.items() if tag == (key, table[key])]
+    if not fitting:
+        known = ", ".join(repr(tag[1]) for tag in tags.values() if tag is not None)
+        raise (place / key).error(f"expected one of {known}, got {table[key]!r}")
+    return fitting
+
+
+def _tag(cls: Any) -> tuple[str, object] | None:
+    """The first field of a dataclass that is a Literal of one value, and that value."""
+    for name, hint in get_type_hints(cls).items():
+        if get_origin(hint) is Literal and len(get_args(hint)) == 1:
+            return name, get_args(hint)[0]
+    return None
+
+
 def _sequence(kind: type, hints: tuple[Any, ...], value: object, place: _Place) -> object:
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise _mismatch(value, "an array", place)
@@ -123,9 +146,7 @@ def _sequence(kind: type, hints: tuple[Any, ...], value: object, place: _Place) 
     if not endless and len(value) != len(hints):
         raise place.error(f"expected an array of {len(hints)}, got {len(value)} values")
     each = [hints[0]] * len(value) if endless else hints
-    return kind(
-        _convert(hint, item, place / str(i)) for i, (hint, item) in enumerate(zip(each, value, strict=True))
-    )
+    return kind(_convert(hint, item, place / str(i)) for i, (hint, item) in enumerate(zip(each, value, strict=True)))
 
 
 def _scalar(hint: Any, value: object, place: _Place) -> object:

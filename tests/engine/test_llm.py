@@ -28,9 +28,7 @@ class Counting:
     """A model that says the next number, having seen each token once; after 9 comes 0."""
 
     def __init__(self, eos: int | None = None, context: int = 50) -> None:
-        self.config = Qwen3Config(
-            num_hidden_layers=0, vocab_size=10, max_position_embeddings=context, eos_token_id=eos
-        )
+        self.config = Qwen3Config(num_hidden_layers=0, vocab_size=10, max_position_embeddings=context, eos_token_id=eos)
         self.output_weight = torch.eye(10)
         self.seen: list[int] = []
 
@@ -229,12 +227,8 @@ def test_stream_gives_whole_characters(tokenizer: Tokenizer) -> None:
 def test_llm_from_a_folder(tokenizer: Tokenizer, tmp_path: Path) -> None:
     save_model(new_model(NEXT), tmp_path, tokenizer=tokenizer)
     llm, params = LLM.load(tmp_path), SamplingParams(temperature=0, max_tokens=12)
-    expected = generate(
-        new_model(NEXT), tokenizer.encode("to be"), replace(params, stop_ids=tokenizer.stop_ids)
-    )
-    assert "".join(llm.generate("to be", params)) == tokenizer.decode(
-        list(expected), skip_special_tokens=True
-    )
+    expected = generate(new_model(NEXT), tokenizer.encode("to be"), replace(params, stop_ids=tokenizer.stop_ids))
+    assert "".join(llm.generate("to be", params)) == tokenizer.decode(list(expected), skip_special_tokens=True)
     assert isinstance("".join(llm.generate("", params)), str)
     messages = [{"role": "user", "content": "to be?"}]
     rendered = tokenizer.apply_chat_template(messages)

@@ -30,9 +30,7 @@ class Disk(NamedTuple):
 def holes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints get headers and sizes, and no values: 160 GB take no room and no time."""
 
-    def write_hole(
-        path: Path, header: bytes, shard: list[TensorSource], advance: Callable[[int], None]
-    ) -> None:
+    def write_hole(path: Path, header: bytes, shard: list[TensorSource], advance: Callable[[int], None]) -> None:
         path.write_bytes(header)
         with path.open("ab") as file:
             file.truncate(len(header) + sum(source.nbytes for source in shard))
@@ -112,9 +110,7 @@ def test_dense_and_tied(tmp_path: Path) -> None:
 
 
 def test_table(tmp_path: Path) -> None:
-    save_model(
-        Qwen3(Qwen3Config(vocab_size=50, hidden_size=16, intermediate_size=20, num_hidden_layers=1)), tmp_path
-    )
+    save_model(Qwen3(Qwen3Config(vocab_size=50, hidden_size=16, intermediate_size=20, num_hidden_layers=1)), tmp_path)
     console = Console(width=100, file=StringIO())
     with console.capture() as capture:
         console.print(describe(tmp_path).table())

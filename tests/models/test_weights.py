@@ -220,9 +220,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(
 
 
 @given(call=st.integers(1, 12))
-def test_an_interrupted_publication_never_looks_whole(
-    tmp_path_factory: pytest.TempPathFactory, call: int
-) -> None:
+def test_an_interrupted_publication_never_looks_whole(tmp_path_factory: pytest.TempPathFactory, call: int) -> None:
     folder = tmp_path_factory.mktemp("published")
     old, new = new_model(seed=1), new_model(seed=2)
     save_model(old, folder, shard_bytes=8000)
@@ -308,16 +306,12 @@ def test_init_refuses(small_shape: str, tmp_path: Path, monkeypatch: pytest.Monk
 def drop(*names: str) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         held = load_file(folder / SINGLE)
-        save_file(
-            {name: tensor for name, tensor in held.items() if not name.startswith(names)}, folder / SINGLE
-        )
+        save_file({name: tensor for name, tensor in held.items() if not name.startswith(names)}, folder / SINGLE)
 
     return damage
 
 
-def add(
-    name: str, shape: tuple[int, ...] = (3, 4), dtype: torch.dtype = torch.float32
-) -> Callable[[Path], None]:
+def add(name: str, shape: tuple[int, ...] = (3, 4), dtype: torch.dtype = torch.float32) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         save_file(load_file(folder / SINGLE) | {name: torch.ones(shape).to(dtype)}, folder / SINGLE)
 
@@ -435,9 +429,7 @@ def test_faults_are_told_in_one_line(fault: str, tmp_path: Path) -> None:
 
 def test_unsupported_dtype(tmp_path: Path) -> None:
     save_model(new_model(DENSE), tmp_path)
-    with pytest.raises(
-        ValueError, match="dtype 'int4' is not supported, expected float32, bfloat16, float16 or auto"
-    ):
+    with pytest.raises(ValueError, match="dtype 'int4' is not supported, expected float32, bfloat16, float16 or auto"):
         load_model(tmp_path, "int4")
 
 

@@ -39,9 +39,7 @@ TEXT = (
 HOSTILE = ' <unk> & the "end"</blockquote><script>alert(1)</script>'
 
 
-def curve(
-    steps: int, tokens: int, floor: float, gain: float, flops: float, seconds: float
-) -> list[CurvePoint]:
+def curve(steps: int, tokens: int, floor: float, gain: float, flops: float, seconds: float) -> list[CurvePoint]:
     """Losses that fall as a power of the tokens, and a little more as the learning rate decays."""
     points = [CurvePoint(tokens=0, flops=0.0, seconds=0.0, validation_loss=9.01)]
     for step in range(1, steps + 1):
@@ -49,9 +47,7 @@ def curve(
         seen = round(tokens * share)
         loss = floor + gain * (seen / 1e6) ** -0.55 - 0.12 * max(0.0, share - 0.35)
         points.append(
-            CurvePoint(
-                tokens=seen, flops=flops * share, seconds=seconds * share, validation_loss=min(loss, 8.5)
-            )
+            CurvePoint(tokens=seen, flops=flops * share, seconds=seconds * share, validation_loss=min(loss, 8.5))
         )
     return points
 
@@ -162,9 +158,7 @@ def line(*losses: float) -> list[CurvePoint]:
         ((), 3.0, "flops", None),
     ],
 )
-def test_cost_to_reach_a_loss(
-    losses: tuple[float, ...], loss: float, cost: Cost, expected: float | None
-) -> None:
+def test_cost_to_reach_a_loss(losses: tuple[float, ...], loss: float, cost: Cost, expected: float | None) -> None:
     assert cost_to_reach(line(*losses), loss, cost) == expected
 
 

@@ -211,9 +211,7 @@ def test_splits(hashes: np.ndarray, fraction: float, data: st.DataObject) -> Non
     assert (splits[~free] == given_splits[~free]).all()
     if free.all():
         assert (splits == SPLITS.index("train")).any()
-        assert (splits == SPLITS.index("validation")).any() == (
-            fraction > 0 and len(np.unique(hashes[:, 0])) > 1
-        )
+        assert (splits == SPLITS.index("validation")).any() == (fraction > 0 and len(np.unique(hashes[:, 0])) > 1)
     equal = {tuple(row) for row in hashes.tolist()}
     assert len(equal) == kept.sum() == len({tuple(row) for row in hashes[kept].tolist()})
     for i in np.flatnonzero(kept & (splits == SPLITS.index("train"))):
@@ -380,9 +378,7 @@ def test_bad_columns_and_folders(tmp_path: Path) -> None:
     assert "no tokenizer.json" in complaint(tmp_path, "b.parquet", None, CorpusConfig(tokenizer=tmp_path))
 
 
-def test_a_worker_tells_its_error_too(
-    tmp_path: Path, small_units: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_tells_its_error_too(tmp_path: Path, small_units: None, monkeypatch: pytest.MonkeyPatch) -> None:
     Tokenizer.train(["text"], 300).save(tmp_path / "tokenizer")
     monkeypatch.setattr(corpus, "POOL_BYTES", 0)
     config = CorpusConfig(tokenizer=tmp_path / "tokenizer")
@@ -422,9 +418,7 @@ def test_a_corrected_input_is_read_anew_and_the_others_are_not(
     assert texts_in(tmp_path / "out") == [*texts, "corrected"] and len(encoded) == 1
 
 
-def test_a_full_disk_is_told_and_the_build_goes_on_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_told_and_the_build_goes_on_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
     flush = os.fsync
     left = iter(range(6))

@@ -49,9 +49,7 @@ def sequences(batch: Batch) -> list[tuple[list[int], list[int]]]:
     """Tokens and labels of each sequence, padding left out."""
     bounds, (rows, length) = batch.cu_seqlens.tolist(), batch.input_ids.shape
     ids, labels = batch.input_ids.flatten().tolist(), batch.labels.flatten().tolist()
-    assert (
-        batch.cu_seqlens.dtype == torch.int32 and batch.input_ids.dtype == batch.labels.dtype == torch.int64
-    )
+    assert batch.cu_seqlens.dtype == torch.int32 and batch.input_ids.dtype == batch.labels.dtype == torch.int64
     assert bounds == sorted(set(bounds)) and bounds[0] == 0
     assert set(range(0, rows * length + 1, length)) <= set(bounds)
     parts = [(ids[a:b], labels[a:b]) for a, b in pairwise(bounds)]
@@ -93,9 +91,7 @@ def test_every_token_once_per_epoch_under_its_successor(
 
 
 @settings(max_examples=40)
-@given(
-    lengths=lengths_of_documents, length=st.integers(2, 24), size=st.integers(1, 7), limit=st.integers(1, 800)
-)
+@given(lengths=lengths_of_documents, length=st.integers(2, 24), size=st.integers(1, 7), limit=st.integers(1, 800))
 def test_validation_is_the_same_tokens_whatever_the_shapes(
     folder: Path, lengths: list[int], length: int, size: int, limit: int
 ) -> None:
@@ -125,9 +121,7 @@ def test_a_saved_position_goes_on_exactly(folder: Path, lengths: list[int], size
 
 @settings(max_examples=20)
 @given(lengths=lengths_of_documents, share=st.integers(1, 3), world=st.integers(1, 4))
-def test_ranks_share_the_rows_of_the_whole_batch(
-    folder: Path, lengths: list[int], share: int, world: int
-) -> None:
+def test_ranks_share_the_rows_of_the_whole_batch(folder: Path, lengths: list[int], share: int, world: int) -> None:
     corpus = make_corpus(folder, lengths)
     whole = PackedLoader(corpus, "train", 16, share * world, 1)
     ranks = [PackedLoader(corpus, "train", 16, share * world, 1, rank, world) for rank in range(world)]
@@ -218,9 +212,7 @@ def test_damage_is_told_with_the_file_and_what_to_do(tmp_path: Path) -> None:
     shard, offsets = tmp_path / "train-00001.bin", tmp_path / "train-00001.idx"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
-    assert damaged(tmp_path).startswith(
-        "damaged corpus: TMP/train-00001.bin has 119 bytes, expected 120; build"
-    )
+    assert damaged(tmp_path).startswith("damaged corpus: TMP/train-00001.bin has 119 bytes, expected 120; build")
     shard.write_bytes(b"x" + whole[1:])
     assert "TMP/train-00001.bin has sha256" in damaged(tmp_path)
     Corpus(tmp_path, verify=False)

@@ -37,9 +37,7 @@ from tenfold.train.plots import smooth, write_plots
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 RECORDS = st.one_of(
-    st.builds(
-        Validation, step=st.integers(0), tokens=st.integers(0), loss=FINITE, flops=FINITE, seconds=FINITE
-    ),
+    st.builds(Validation, step=st.integers(0), tokens=st.integers(0), loss=FINITE, flops=FINITE, seconds=FINITE),
     st.builds(Sample, step=st.integers(0), prompt=TEXT, text=TEXT),
     st.builds(Event, step=st.integers(0), message=TEXT),
     st.builds(
@@ -134,9 +132,7 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint(tmp_path: Path) ->
     assert path.read_text() == ""
 
 
-@pytest.mark.parametrize(
-    "line", ["nonsense", "[]", '{"kind": "other"}', '{"kind": "event", "step": 1}', "\x00"]
-)
+@pytest.mark.parametrize("line", ["nonsense", "[]", '{"kind": "other"}', '{"kind": "event", "step": 1}', "\x00"])
 def test_a_damaged_line_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / METRICS
     path.write_text(encode(step(1)) + "\n" + line + "\n" + encode(step(2)) + "\n")
@@ -254,9 +250,7 @@ def test_quantities_have_three_digits(value: float, text: str) -> None:
     assert quantity(value) == text
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(4.4, "4 s"), (187, "3:07 min"), (8100, "2:15 h"), (273_600, "3 d 4 h")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(4.4, "4 s"), (187, "3:07 min"), (8100, "2:15 h"), (273_600, "3 d 4 h")])
 def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 

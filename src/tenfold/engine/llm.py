@@ -105,9 +105,7 @@ class LLM:
         self.tokenizer = tokenizer
 
     @classmethod
-    def load(
-        cls, path_or_name: str | Path, dtype: str = "float32", device: str | torch.device = "cpu"
-    ) -> Self:
+    def load(cls, path_or_name: str | Path, dtype: str = "float32", device: str | torch.device = "cpu") -> Self:
         """From a folder or a hub name, as `tenfold.load`; ValueError where there is no tokenizer."""
         model, tokenizer = load(path_or_name, dtype, device)
         if tokenizer is None:
@@ -124,8 +122,6 @@ class LLM:
         stops = (*params.stop_ids, *self.tokenizer.stop_ids)
         return stream_text(self.tokenizer, generate(self.model, ids, replace(params, stop_ids=stops)))
 
-    def chat(
-        self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None
-    ) -> Iterator[str]:
+    def chat(self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None) -> Iterator[str]:
         """Answers messages, which have `role` and `content`. Yields pieces of text; errors as above."""
         return self.generate(self.tokenizer.apply_chat_template(messages), params)

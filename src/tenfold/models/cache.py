@@ -54,7 +54,7 @@ class Cache:
     ) -> None:
         self.length = 0  # tokens seen
         self.layers: list[AttentionMemory | RecurrentMemory] = []
-        for kind in config.layer_types:
+        for kind in config.layer_kinds:
             if kind == FULL_ATTENTION:
                 empty = torch.zeros(
                     batch_size, 0, config.num_key_value_heads, config.head_dim, dtype=dtype, device=device

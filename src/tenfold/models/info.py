@@ -68,7 +68,7 @@ def describe(folder: str | Path) -> ModelInfo:
     per_token = getattr(config, "num_experts_per_tok", 0)
     body, head, embedding, mtp = _parameter_counts(tensors)
     active = _active_parameters(tensors, per_token / experts if experts else 0.0)
-    kinds = config.layer_types
+    kinds = config.layer_kinds
     attending = sum(kind == FULL_ATTENTION for kind in kinds)
     return ModelInfo(
         folder=str(checkpoint.folder),

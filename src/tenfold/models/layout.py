@@ -104,9 +104,7 @@ def match_pieces(held: Mapping[str, StoredTensor], model: Model, folder: Path) -
         raise ValueError(f"{folder}: missing {_listing(missing)}; config.json expects them, files lack them")
     unexpected = held.keys() - wanted.keys() - _redundant(held, model)
     if unexpected:
-        raise ValueError(
-            f"{folder}: unexpected {_listing(sorted(unexpected))}; config.json has no place for them"
-        )
+        raise ValueError(f"{folder}: unexpected {_listing(sorted(unexpected))}; config.json has no place for them")
     return wanted
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tenfold.models.cache import FULL_ATTENTION, AttentionMemory, Cache
+from tenfold.models.hf_config import check_fields, hf_fields, known_fields
 from tenfold.models.init import init_tensor
-from tenfold.models.qwen3_next import FeedForward, Rotation, check_input, hf_fields, known_fields
+from tenfold.models.qwen3_next import FeedForward, Rotation, check_input
 from tenfold.models.rope import inverse_frequencies
 from tenfold.ops.attention import attention
 from tenfold.ops.moe import RouterLoad
@@ -28,7 +30,7 @@ from tenfold.ops.sequences import positions, sequence_bounds
 class Qwen3Config:
     """Hugging Face's fields under their names; the defaults are Qwen3-32B."""
 
-    model_type: str = "qwen3"
+    model_type: Literal["qwen3"] = "qwen3"
     vocab_size: int = 151_936
     hidden_size: int = 5120
     intermediate_size: int = 25_600
@@ -47,6 +49,7 @@ class Qwen3Config:
     hidden_act: str = field(default="silu", repr=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.hidden_act != "silu":
             raise ValueError(f"Qwen3 configuration: hidden_act {self.hidden_act!r} is not 'silu'")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -67,7 +70,7 @@ class Qwen3Config:
         return hf_fields(self, "Qwen3ForCausalLM")
 
     @property
-    def layer_types(self) -> tuple[str, ...]:
+    def layer_kinds(self) -> tuple[str, ...]:
         """Every layer attends."""
         return (FULL_ATTENTION,) * self.num_hidden_layers
 
@@ -98,9 +101,7 @@ class Attention(nn.Module):
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        queries, keys = (
-            n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
-        )
+        queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
@@ -111,9 +112,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rotation: Rotation, memory: AttentionMemory | None, cu_seqlens: Tensor | None
     ) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotary(self.q_norm(q), *rotation), rotary(self.k_norm(k), *rotation)
         if memory is not None:
             k, v = memory.append(k, v)
@@ -163,9 +162,7 @@ class Qwen3(nn.Module):
             config.rope_theta, config.head_dim, config.rope_scaling
         )
 
-    def forward(
-        self, input_ids: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Logits fp32 `[B, T, vocab]` of int64 `[B, T]` tokens; cache and cu_seqlens as in `Qwen3Next`."""
         hidden, _ = self.hidden_states(input_ids, cache, cu_seqlens)
         return F.linear(hidden, self.output_weight).float()
@@ -177,9 +174,7 @@ class Qwen3(nn.Module):
         check_input(input_ids, self.config.vocab_size, cache, cu_seqlens)
         batch, length = input_ids.shape
         at = positions(sequence_bounds(cu_seqlens, batch, length), input_ids.device).view(batch, length)
-        rotation = rotary_table(
-            at + (0 if cache is None else cache.length), self.frequencies, self.rope_factor
-        )
+        rotation = rotary_table(at + (0 if cache is None else cache.length), self.frequencies, self.rope_factor)
         x = self.model.embed_tokens(input_ids)
         for i, layer in enumerate(self.model.layers):
             memory = None if cache is None else cache.layers[i]

@@ -11,7 +11,8 @@ Shape letters: B batch, T tokens, D hidden, H query/key heads, HV value heads, G
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tenfold.models.cache import FULL_ATTENTION, LINEAR_ATTENTION, AttentionMemory, Cache, RecurrentMemory
+from tenfold.models.hf_config import check_fields, hf_fields, known_fields
 from tenfold.models.init import init_tensor
 from tenfold.models.rope import inverse_frequencies
 from tenfold.ops.attention import attention
@@ -35,9 +37,9 @@ Rotation = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen3NextConfig:
-    """Hugging Face's fields under their names; the defaults are Qwen3-Next-80B-A3B. `layer_types` is always filled in."""
+    """Hugging Face's fields under their names; the defaults are Qwen3-Next-80B-A3B."""
 
-    model_type: str = "qwen3_next"
+    model_type: Literal["qwen3_next"] = "qwen3_next"
     vocab_size: int = 151_936
     hidden_size: int = 2048
     intermediate_size: int = 5120
@@ -53,7 +55,7 @@ class Qwen3NextConfig:
     partial_rotary_factor: float = 0.25
     rope_scaling: dict[str, object] | None = None
     full_attention_interval: int = 4
-    layer_types: tuple[str, ...] = ()
+    layer_types: tuple[str, ...] = ()  # of each layer; without it every `full_attention_interval`th one attends
     linear_conv_kernel_dim: int = 4
     linear_key_head_dim: int = 128
     linear_value_head_dim: int = 128
@@ -72,45 +74,53 @@ class Qwen3NextConfig:
     hidden_act: str = field(default="silu", repr=False)
 
     def __post_init__(self) -> None:
-        if not self.layer_types:
-            every = self.full_attention_interval
-            kinds = (LINEAR_ATTENTION, FULL_ATTENTION)
-            layers = tuple(kinds[(i + 1) % every == 0] for i in range(self.num_hidden_layers))
-            object.__setattr__(self, "layer_types", layers)
-        self._check()
-
-    def _check(self) -> None:
-        problems = {
-            f"layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers": len(
-                self.layer_types
-            )
-            != self.num_hidden_layers,
-            f"layer_types must be {LINEAR_ATTENTION!r} or {FULL_ATTENTION!r}": bool(
-                set(self.layer_types) - {LINEAR_ATTENTION, FULL_ATTENTION}
+        check_fields(self)
+        experts, chosen = self.num_experts, self.num_experts_per_tok
+        queries, keys = self.num_attention_heads, self.num_key_value_heads
+        value_heads, key_heads = self.linear_num_value_heads, self.linear_num_key_heads
+        kinds, layers, mtp = self.layer_types, self.num_hidden_layers, self.num_nextn_predict_layers
+        wrong = (
+            (self.hidden_act != "silu", f"hidden_act {self.hidden_act!r} is not 'silu'"),
+            (kinds and len(kinds) != layers, f"layer_types has {len(kinds)} entries for {layers} layers"),
+            (
+                not {LINEAR_ATTENTION, FULL_ATTENTION}.issuperset(kinds),
+                f"layer_types must be {LINEAR_ATTENTION!r} or {FULL_ATTENTION!r}",
             ),
-            f"hidden_act {self.hidden_act!r} is not 'silu'": self.hidden_act != "silu",
-            f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
-            f"{self.num_key_value_heads}": self.num_attention_heads % self.num_key_value_heads != 0,
-            f"linear_num_value_heads {self.linear_num_value_heads} is no multiple of linear_num_key_heads "
-            f"{self.linear_num_key_heads}": self.linear_num_value_heads % self.linear_num_key_heads != 0,
-            f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.num_experts}": self.num_experts
-            > 0
-            and self.num_experts_per_tok > self.num_experts,
-            f"num_nextn_predict_layers {self.num_nextn_predict_layers} is not 0 or 1": self.num_nextn_predict_layers
-            not in (0, 1),
-        }
-        for problem, present in problems.items():
+            (self.full_attention_interval < 1, "full_attention_interval must be 1 at least"),
+            (
+                keys < 1 or queries % keys,
+                f"num_attention_heads {queries} is no multiple of num_key_value_heads {keys}",
+            ),
+            (
+                key_heads < 1 or value_heads % key_heads,
+                f"linear_num_value_heads {value_heads} is no multiple of linear_num_key_heads {key_heads}",
+            ),
+            (0 < experts < chosen, f"num_experts_per_tok {chosen} exceeds num_experts {experts}"),
+            (mtp not in (0, 1), f"num_nextn_predict_layers {mtp} is not 0 or 1"),
+        )
+        for present, problem in wrong:
             if present:
                 raise ValueError(f"Qwen3-Next configuration: {problem}")
 
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """Each layer's mixer: LINEAR_ATTENTION or FULL_ATTENTION."""
+        if self.layer_types:
+            return self.layer_types
+        every = self.full_attention_interval
+        kinds = (LINEAR_ATTENTION, FULL_ATTENTION)
+        return tuple(kinds[(i + 1) % every == 0] for i in range(self.num_hidden_layers))
+
     @classmethod
     def from_hf(cls, values: Mapping[str, object]) -> Qwen3NextConfig:
-        """From the object in a `config.json`, as transformers 4 or 5 writes it; fields that are not ours are left out."""
-        return cls(**known_fields(cls, values))
+        """From the object in a `config.json`, as transformers 4 or 5 writes it; unknown fields are left out."""
+        config = cls(**known_fields(cls, values))
+        regular = replace(config, layer_types=())
+        return regular if regular.layer_kinds == config.layer_kinds else config
 
     def to_hf(self) -> dict[str, object]:
         """The object for a `config.json` that transformers 4 and 5 both read."""
-        return hf_fields(self, "Qwen3NextForCausalLM")
+        return hf_fields(replace(self, layer_types=self.layer_kinds), "Qwen3NextForCausalLM")
 
     def is_sparse(self, layer: int) -> bool:
         """Whether the layer's feed-forward is experts."""
@@ -127,39 +137,6 @@ class Qwen3NextConfig:
         """Channels of the conv: queries, keys and values."""
         keys = self.linear_num_key_heads * self.linear_key_head_dim
         return 2 * keys + self.linear_num_value_heads * self.linear_value_head_dim
-
-
-def known_fields(cls: type, values: Mapping[str, object]) -> dict[str, object]:
-    """The entries of a `config.json` that `cls` knows, with transformers 5's `rope_parameters` taken apart."""
-    merged = {key: value for key, value in values.items() if value is not None}
-    rope = merged.pop("rope_parameters", None)
-    if isinstance(rope, Mapping):
-        merged |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
-        if rope.get("rope_type", "default") != "default":
-            merged["rope_scaling"] = dict(rope)
-    if merged.get("attention_bias"):
-        raise ValueError(
-            "config.json: attention_bias true is not supported, expected false as in every released model"
-        )
-    names = {f.name for f in fields(cls)}
-    return {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in merged.items()
-        if key in names
-    }
-
-
-def hf_fields(config: object, architecture: str) -> dict[str, object]:
-    """All fields for a `config.json`, with rotary settings in both spellings."""
-    values: dict[str, object] = {key: value for key, value in asdict(config).items() if value is not None}  # type: ignore[call-overload]
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-    scaling = values.get("rope_scaling") or {"rope_type": "default"}
-    assert isinstance(scaling, dict)
-    rope = {
-        "rope_theta": values["rope_theta"],
-        "partial_rotary_factor": values.get("partial_rotary_factor", 1.0),
-    }
-    return {"architectures": [architecture], **values, "rope_parameters": {**scaling, **rope}}
 
 
 class ZeroCenteredRMSNorm(nn.Module):
@@ -192,9 +169,7 @@ class GatedAttention(nn.Module):
     def __init__(self, config: Qwen3NextConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        queries, keys = (
-            n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
-        )
+        queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         self.q_proj = nn.Linear(config.hidden_size, 2 * queries, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
@@ -223,9 +198,7 @@ class GatedDeltaNet(nn.Module):
         values, channels = self.value_heads * self.value_dim, config.conv_channels
         self.in_proj_qkvz = nn.Linear(config.hidden_size, channels + values, bias=False)
         self.in_proj_ba = nn.Linear(config.hidden_size, 2 * self.value_heads, bias=False)
-        self.conv1d = nn.Conv1d(
-            channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False
-        )
+        self.conv1d = nn.Conv1d(channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False)
         self.dt_bias = nn.Parameter(torch.ones(self.value_heads))
         self.A_log = nn.Parameter(torch.zeros(self.value_heads))
         self.norm = GatedRMSNorm(self.value_dim, config.rms_norm_eps)
@@ -344,7 +317,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, kind, config.is_sparse(i)) for i, kind in enumerate(config.layer_types)
+            DecoderLayer(config, kind, config.is_sparse(i)) for i, kind in enumerate(config.layer_kinds)
         )
         self.norm = ZeroCenteredRMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -377,21 +350,15 @@ class Qwen3Next(nn.Module):
     def __init__(self, config: Qwen3NextConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute = (
-            False  # drop a layer's activations in training and make them again in the backward pass
-        )
+        self.recompute = False  # drop a layer's activations in training and make them again in the backward pass
         self.model = Trunk(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MultiTokenPrediction(config) if config.num_nextn_predict_layers else None
         rotated = int(config.head_dim * config.partial_rotary_factor)
-        self.frequencies, self.rope_factor = inverse_frequencies(
-            config.rope_theta, rotated, config.rope_scaling
-        )
+        self.frequencies, self.rope_factor = inverse_frequencies(config.rope_theta, rotated, config.rope_scaling)
 
-    def forward(
-        self, input_ids: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, cache: Cache | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Logits fp32 `[B, T, vocab]` of int64 `[B, T]` tokens.
 
         With a cache the tokens follow those it has seen, and it is advanced. cu_seqlens packs several documents into

@@ -15,9 +15,7 @@ def inverse_frequencies(theta: float, dim: int, scaling: Mapping[str, object] | 
     `scaling` is Hugging Face's `rope_scaling`: None, `{"rope_type": "default"}`, or YaRN (Peng et al. 2023, section 3)
     with `factor` and `original_max_position_embeddings`. Raises ValueError for other kinds.
     """
-    exponents = (
-        torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
-    )  # real even in a model built on meta
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim  # real even in a model built on meta
     frequencies = 1.0 / theta**exponents
     kind = str(scaling.get("rope_type", scaling.get("type", "default"))) if scaling else "default"
     if scaling is None or kind == "default":
@@ -36,9 +34,7 @@ def _yarn(frequencies: Tensor, theta: float, dim: int, scaling: Mapping[str, obj
 
     low = max(math.floor(dim_of_turns(_number(scaling, "beta_fast", 32))), 0)
     high = min(math.ceil(dim_of_turns(_number(scaling, "beta_slow", 1))), dim - 1)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 1e-3)).clamp(
-        0, 1
-    )
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 1e-3)).clamp(0, 1)
     blended = frequencies / factor * ramp + frequencies * (1 - ramp)
     return blended, _number(scaling, "attention_factor", 0.1 * math.log(factor) + 1.0)
 

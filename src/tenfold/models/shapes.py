@@ -92,9 +92,7 @@ def random_sources(config: Config, seed: int, dtype: torch.dtype) -> Iterator[Te
             yield TensorSource(name=piece.name, shape=piece.shape, dtype=kept, read=read)
 
 
-def _random_tensor(
-    config: Config, name: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype
-) -> Tensor:
+def _random_tensor(config: Config, name: str, shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     zero_centered = isinstance(config, Qwen3NextConfig)

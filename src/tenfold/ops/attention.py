@@ -23,9 +23,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None =
     visible = torch.ones(length, k.shape[1], dtype=torch.bool, device=q.device).tril(k.shape[1] - length)
     if cu_seqlens is not None:
         bounds = sequence_bounds(cu_seqlens, batch, length)
-        owner = torch.cat([torch.full((b - a,), n) for n, (a, b) in enumerate(pairwise(bounds))]).view(
-            batch, length
-        )
+        owner = torch.cat([torch.full((b - a,), n) for n, (a, b) in enumerate(pairwise(bounds))]).view(batch, length)
         visible = visible & (owner[:, None, :, None] == owner[:, None, None, :]).to(q.device)
     return torch.einsum("bhts,bshk->bthk", scores.masked_fill(~visible, float("-inf")).softmax(-1), v)
 
@@ -37,21 +35,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None)
     sequences of like length are padded to one batch, and the causal mask hides the padding behind them.
     """
     if q.shape[2] % k.shape[2]:
-        raise ValueError(
-            f"attention: {q.shape[2]} query heads must be a multiple of {k.shape[2]} key/value heads"
-        )
+        raise ValueError(f"attention: {q.shape[2]} query heads must be a multiple of {k.shape[2]} key/value heads")
     if cu_seqlens is None:
         return _dense_attention(q, k, v)
     if q.shape[1] != k.shape[1]:
-        raise ValueError(
-            "attention: cu_seqlens needs as many keys as queries; packed sequences have no cache"
-        )
+        raise ValueError("attention: cu_seqlens needs as many keys as queries; packed sequences have no cache")
     bounds = sequence_bounds(cu_seqlens, q.shape[0], q.shape[1])
     out = torch.zeros_like(q).flatten(0, 1)
     for tokens, places in length_buckets(bounds, q.device):
-        padded = [
-            gather_rows(x.flatten(0, 1), tokens.flatten()).unflatten(0, tokens.shape) for x in (q, k, v)
-        ]
+        padded = [gather_rows(x.flatten(0, 1), tokens.flatten()).unflatten(0, tokens.shape) for x in (q, k, v)]
         attended = _dense_attention(*padded).flatten(0, 1).index_select(0, places)
         out = out.index_copy(0, tokens.flatten().index_select(0, places), attended)
     return out.view_as(q)

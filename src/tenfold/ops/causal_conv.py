@@ -46,14 +46,10 @@ def causal_conv1d(
         raise ValueError(f"causal_conv1d: weight must be [{channels}, width], got {list(weight.shape)}")
     width = weight.shape[1]
     tokens, heads, tails = prefixed_rows(sequence_bounds(cu_seqlens, batch, length), width - 1, x.device)
-    buffer = x.new_zeros(tokens.numel() + heads.numel(), channels).index_copy(
-        0, tokens, x.reshape(-1, channels)
-    )
+    buffer = x.new_zeros(tokens.numel() + heads.numel(), channels).index_copy(0, tokens, x.reshape(-1, channels))
     if initial_state is not None:
         rows = initial_state.to(x.dtype).transpose(1, 2).reshape(-1, channels)
         buffer = buffer.index_copy(0, heads.flatten(), rows)
-    convolved = F.conv2d(buffer.T[None, :, None], weight[:, None, None].to(x.dtype), groups=channels)[
-        0, :, 0
-    ].T
+    convolved = F.conv2d(buffer.T[None, :, None], weight[:, None, None].to(x.dtype), groups=channels)[0, :, 0].T
     y = F.silu(convolved.index_select(0, tokens - (width - 1))).view_as(x)
     return y, buffer.index_select(0, tails.flatten()).view(*tails.shape, channels).transpose(1, 2)

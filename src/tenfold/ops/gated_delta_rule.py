@@ -125,9 +125,7 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
             du = (queries_keys[chunk].mT @ do[chunk]).add_(du_state[chunk])
             torch.matmul(inverse[chunk].mT, du, out=dy[chunk])
             dread = (from_start[chunk] * dy[chunk]).mul_(beta[chunk, ..., None]).neg_()
-            dstate[:count] = (
-                whole[chunk] * dend + _write(do_decayed[chunk], q[chunk]) + _write(dread, k[chunk])
-            )
+            dstate[:count] = whole[chunk] * dend + _write(do_decayed[chunk], q[chunk]) + _write(dread, k[chunk])
         dv = beta[..., None] * dy
         dread = from_start * dv
         groups = q.shape[:2]
@@ -197,9 +195,7 @@ def chunk_gated_delta_rule(
     count = len(table.order)
     if initial_state is None:
         initial_state = v.new_zeros(count, v.shape[2], v.shape[3], key_dim)
-    chunked = [
-        _to_chunks(x, table.rows, chunk) for x in (q * key_dim**-0.5, k, v, g[..., None], beta[..., None])
-    ]
+    chunked = [_to_chunks(x, table.rows, chunk) for x in (q * key_dim**-0.5, k, v, g[..., None], beta[..., None])]
     q, k, v, g, beta = chunked
     ordered = initial_state.index_select(0, table.order)
     o, state = _ChunkedGatedDeltaRule.apply(q, k, v, g.squeeze(-1), beta.squeeze(-1), ordered, table.steps)

@@ -43,9 +43,7 @@ def route(logits: Tensor, k: int, normalize: bool) -> tuple[Tensor, Tensor, Rout
 
     Returns weights fp32 `[T, k]`, experts int64 `[T, k]` in order of falling weight, and the layer's load.
     """
-    probabilities = logits.softmax(
-        -1, dtype=torch.float32 if logits.dtype != torch.float64 else torch.float64
-    )
+    probabilities = logits.softmax(-1, dtype=torch.float32 if logits.dtype != torch.float64 else torch.float64)
     weights, experts = probabilities.topk(k, -1)
     if normalize:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -59,11 +57,7 @@ def sparse_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor,
     x `[T, D]`, weights `[T, k]`, experts int64 `[T, k]`, gate_up `[E, 2F, D]` (gate rows first), down `[E, D, F]`;
     returns `[T, D]` in x's dtype. Products run in autocast's dtype where that is on. Raises ValueError on shapes.
     """
-    if (
-        gate_up.shape[1] != 2 * down.shape[2]
-        or gate_up.shape[2] != x.shape[-1]
-        or down.shape[1] != x.shape[-1]
-    ):
+    if gate_up.shape[1] != 2 * down.shape[2] or gate_up.shape[2] != x.shape[-1] or down.shape[1] != x.shape[-1]:
         raise ValueError(
             f"sparse_experts: gate_up must be [E, 2F, D] and down [E, D, F] with D {x.shape[-1]}, "
             f"got {list(gate_up.shape)} and {list(down.shape)}"
@@ -82,9 +76,7 @@ class _GroupedExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor
-    ) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         order = experts.flatten().argsort(stable=True)
         counts = experts.flatten().bincount(minlength=len(down)).tolist()
         h = _grouped(x.index_select(0, order // experts.shape[1]), gate_up.mT, counts)

@@ -24,9 +24,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
 
 
-def rotary_table(
-    positions: Tensor, inverse_frequencies: Tensor, scaling: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def rotary_table(positions: Tensor, inverse_frequencies: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
     """cos and sin, fp32 `[..., R/2]`, of the angles at integer positions `[...]`; `scaling` is YaRN's attention factor."""
     angles = positions[..., None].float() * inverse_frequencies.to(positions.device)
     return angles.cos() * scaling, angles.sin() * scaling

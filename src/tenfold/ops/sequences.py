@@ -52,9 +52,7 @@ def prefixed_rows(bounds: Bounds, prefix: int, device: torch.device) -> tuple[Te
     starts = torch.tensor(bounds[:-1]) + prefix * torch.arange(len(bounds) - 1)
     lengths = torch.tensor([b - a for a, b in pairwise(bounds)])
     heads = starts[:, None] + torch.arange(prefix)
-    tokens = torch.arange(bounds[-1]) + prefix * torch.repeat_interleave(
-        torch.arange(1, len(bounds)), lengths
-    )
+    tokens = torch.arange(bounds[-1]) + prefix * torch.repeat_interleave(torch.arange(1, len(bounds)), lengths)
     return tokens.to(device), heads.to(device), (heads + lengths[:, None]).to(device)
 
 
@@ -89,9 +87,7 @@ def chunk_table(bounds: Bounds, size: int, device: torch.device) -> ChunkTable:
     table = torch.cat(rows)
     places = torch.empty(total + 1, dtype=torch.int64).fill_(0)
     places[table] = torch.arange(table.numel())
-    return ChunkTable(
-        table.to(device), places[:total].to(device), tuple(steps), torch.tensor(order, device=device)
-    )
+    return ChunkTable(table.to(device), places[:total].to(device), tuple(steps), torch.tensor(order, device=device))
 
 
 @lru_cache(maxsize=64)

@@ -119,9 +119,7 @@ def _axes(scales: Scales, cost: Cost) -> str:
         parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{tick:g}</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(
-        f'<text class="tick" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{AXES[cost]}, {unit}</text>'
-    )
+    parts.append(f'<text class="tick" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{AXES[cost]}, {unit}</text>')
     return "".join(parts)
 
 
@@ -145,9 +143,7 @@ def _train_line(arm: ArmReport, scales: Scales) -> str:
 
 
 def _points(points: Sequence[tuple[float, float]], scales: Scales) -> str:
-    return " ".join(
-        f"{scales.x(max(cost, scales.low_cost)):.1f},{scales.y(loss):.1f}" for cost, loss in points
-    )
+    return " ".join(f"{scales.x(max(cost, scales.low_cost)):.1f},{scales.y(loss):.1f}" for cost, loss in points)
 
 
 def _end(arm: ArmReport, cost: Cost, scales: Scales) -> str:

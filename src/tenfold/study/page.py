@@ -34,9 +34,7 @@ LEGEND_LOADS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 def render_page(report: DemoReport) -> str:
     """The whole page; all text from the report is escaped."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("tenfold.study").joinpath(TEMPLATE).read_text(encoding="utf-8")
     by_name = {arm.name: arm for arm in report.arms}
     return environment.from_string(source).render(
@@ -62,8 +60,7 @@ def sample_rows(arms: Sequence[ArmReport]) -> list[tuple[str, list[tuple[str, st
     """Prompts in the order they were first given, each with what every arm that got it wrote: (arm, text)."""
     prompts = dict.fromkeys(sample.prompt for arm in arms for sample in arm.samples)
     return [
-        (prompt, [(arm.name, s.text) for arm in arms for s in arm.samples if s.prompt == prompt])
-        for prompt in prompts
+        (prompt, [(arm.name, s.text) for arm in arms for s in arm.samples if s.prompt == prompt]) for prompt in prompts
     ]
 
 

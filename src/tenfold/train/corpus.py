@@ -189,9 +189,7 @@ def _finished(out: Path, source: str) -> Index | None:
         return None
     index = read_index(out)
     if index.source != source:
-        raise ValueError(
-            f"{out} holds a corpus of other inputs or settings; delete it, or choose another folder"
-        )
+        raise ValueError(f"{out} holds a corpus of other inputs or settings; delete it, or choose another folder")
     if damage(out, index, checksums=True) is not None:
         (out / INDEX).unlink()  # built anew from here
         return None
@@ -232,13 +230,9 @@ def _make_tokenizer(units: Sequence[Unit], config: CorpusConfig, progress: Progr
     return Tokenizer.train(texts, config.vocab_size)
 
 
-def _training_texts(
-    units: Sequence[Unit], config: CorpusConfig, advance: Callable[[int], None]
-) -> Iterator[str]:
+def _training_texts(units: Sequence[Unit], config: CorpusConfig, advance: Callable[[int], None]) -> Iterator[str]:
     """Texts to train a tokenizer on: none that is held out, as a first reading finds."""
-    heads = [
-        (_hash(d.text), _code(d)) for unit in units for d in _documents(unit, config.form) if d.text.strip()
-    ]
+    heads = [(_hash(d.text), _code(d)) for unit in units for d in _documents(unit, config.form) if d.text.strip()]
     if not heads:
         return
     hashes, given = np.array([head[0] for head in heads]), np.array([head[1] for head in heads], np.uint8)

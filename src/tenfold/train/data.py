@@ -33,9 +33,7 @@ class Batch(NamedTuple):
 
     input_ids: Tensor  # int64 [B, T]
     labels: Tensor  # int64 [B, T], the next token of the same document, -100 where there is none
-    cu_seqlens: (
-        Tensor  # int32 [N + 1], borders of sequences in the flattened B * T tokens, the rows' own included
-    )
+    cu_seqlens: Tensor  # int32 [N + 1], borders of sequences in the flattened B * T tokens, the rows' own included
 
 
 class Documents:
@@ -76,9 +74,7 @@ class Corpus:
         self.index = read_index(self.folder)
         wrong = damage(self.folder, self.index, checksums=verify)
         if wrong is not None:
-            raise ValueError(
-                f"damaged corpus: {wrong}; build it again from the same inputs, or copy it again"
-            )
+            raise ValueError(f"damaged corpus: {wrong}; build it again from the same inputs, or copy it again")
 
     @property
     def vocab_size(self) -> int:
@@ -204,9 +200,7 @@ def make_batch(documents: Documents, places: list[Place], length: int, padding: 
         end = 0
         for i in range(plan.first[row], plan.first[row + 1]):
             begin, size = end, int(plan.length[i])
-            tokens = documents.tokens(
-                int(plan.document[i]), int(plan.start[i]), int(plan.start[i]) + size + 1
-            )
+            tokens = documents.tokens(int(plan.document[i]), int(plan.start[i]), int(plan.start[i]) + size + 1)
             end = begin + size
             inputs[number, begin:end] = tokens[:size]
             labels[number, begin : begin + len(tokens) - 1] = tokens[1:]

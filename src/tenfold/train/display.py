@@ -106,16 +106,12 @@ class TrainingDisplay:
         if (latest := self._latest) is None:
             return self._panel(Text("preparing", "dim"))
         space = Text()
-        return self._panel(
-            _progress(latest), space, self._charts(latest), space, _numbers(latest), self._footer()
-        )
+        return self._panel(_progress(latest), space, self._charts(latest), space, _numbers(latest), self._footer())
 
     def _panel(self, *rows: RenderableType) -> Panel:
         title = Text(self.title, "bold not dim")
         width, padding = self._width(), (1, 2)
-        return Panel(
-            Group(*rows), title=title, title_align="left", border_style="dim", padding=padding, width=width
-        )
+        return Panel(Group(*rows), title=title, title_align="left", border_style="dim", padding=padding, width=width)
 
     def _width(self) -> int:
         return min(self.console.width, 110)

@@ -81,9 +81,7 @@ def loss_figure(metrics: Metrics) -> Figure:
         x = [v.tokens for v in metrics.validations]
         y = [v.loss for v in metrics.validations]
         axes.plot(x, y, color=ACCENT, marker="o", markersize=4, label="validation")
-        axes.annotate(
-            f"{y[-1]:.3f}", (x[-1], y[-1]), (0, 8), textcoords="offset points", ha="right", color=ACCENT
-        )
+        axes.annotate(f"{y[-1]:.3f}", (x[-1], y[-1]), (0, 8), textcoords="offset points", ha="right", color=ACCENT)
     axes.set_ylim(*_loss_limits(loss))
     _label(axes, "Loss", "nats per token")
     axes.legend(loc="upper right")
@@ -149,9 +147,7 @@ def router_figure(metrics: Metrics) -> Figure:
     ratios = _binned(np.array([m.load_ratio for m in sparse]))
     span = (float(tokens[0]), float(max(tokens[-1], tokens[0] + 1)), ratios.shape[1] - 0.5, -0.5)
     norm = LogNorm(1.0, LARGEST_RATIO)
-    image = upper.imshow(
-        ratios.T, aspect="auto", extent=span, cmap="Blues", norm=norm, interpolation="nearest"
-    )
+    image = upper.imshow(ratios.T, aspect="auto", extent=span, cmap="Blues", norm=norm, interpolation="nearest")
     upper.grid(visible=False)
     bar = figure.colorbar(image, ax=upper, pad=0.02, ticks=[1, 2, 4, 8], format="{x:g}x")
     bar.minorticks_off()

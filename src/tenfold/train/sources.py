@@ -228,9 +228,7 @@ def _rows(span: Span, field: str) -> Iterator[str]:
         names = file.schema_arrow.names
         if field not in names:
             columns = ", ".join(names)
-            raise ValueError(
-                f"{span.path}: no column {field!r} among {columns}; set `field` to the one with text"
-            )
+            raise ValueError(f"{span.path}: no column {field!r} among {columns}; set `field` to the one with text")
         for batch in file.iter_batches(1024, row_groups=range(span.begin, span.end), columns=[field]):
             for text in batch.column(0).to_pylist():
                 if text is not None and not isinstance(text, str):

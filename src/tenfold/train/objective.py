@@ -1,0 +1,82 @@
+"""The training loss: next token, multi-token prediction, and the balance of the experts over the global batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tenfold.models import Model
+from tenfold.models.qwen3_next import Qwen3Next
+from tenfold.ops.cross_entropy import IGNORE, linear_cross_entropy
+from tenfold.ops.moe import RouterLoad
+from tenfold.ops.sequences import sequence_bounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Weights of the parts of the loss."""
+
+    balance: float = 1e-3  # of the load-balancing loss
+    mtp_steps: int = 0  # how many tokens ahead, beyond the next, the MTP module is trained to look
+    mtp_weight: float = 0.1  # of the mean loss over MTP steps
+
+
+class Forward(NamedTuple):
+    """One micro-batch's sums; they add up over micro-batches and ranks."""
+
+    loss: Tensor  # next-token cross-entropy, summed over labels
+    labels: int
+    mtp_loss: Tensor  # summed over the labels of all MTP steps
+    mtp_labels: int
+    loads: list[RouterLoad]
+
+
+def forward(model: Model, input_ids: Tensor, labels: Tensor, cu_seqlens: Tensor, mtp_steps: int) -> Forward:
+    """Losses and router loads of a micro-batch: input_ids and labels int64 `[B, T]`, -100 where there is no label."""
+    hidden, loads = model.hidden_states(input_ids, cu_seqlens=cu_seqlens)
+    head = model.output_weight
+    loss = linear_cross_entropy(hidden.flatten(0, 1), head, labels.flatten())
+    mtp_loss, mtp_labels = loss.new_zeros(()), 0
+    if mtp_steps:
+        assert isinstance(model, Qwen3Next)
+        for step, (state, load) in enumerate(model.draft_states(input_ids, hidden, mtp_steps, cu_seqlens), start=1):
+            ahead = labels_ahead(labels, cu_seqlens, step)
+            mtp_loss = mtp_loss + linear_cross_entropy(state.flatten(0, 1), head, ahead.flatten())
+            mtp_labels += count_labels(ahead)
+            loads += [load] if load is not None else []
+    return Forward(loss, count_labels(labels), mtp_loss, mtp_labels, loads)
+
+
+def labels_ahead(labels: Tensor, cu_seqlens: Tensor, step: int) -> Tensor:
+    """Labels `step` tokens further on, -100 where that leaves the sequence."""
+    bounds = sequence_bounds(cu_seqlens, *labels.shape)
+    ends = torch.tensor(bounds[1:], device=labels.device)
+    lengths = ends - torch.tensor(bounds[:-1], device=labels.device)
+    end = ends.repeat_interleave(lengths)
+    at = torch.arange(labels.numel(), device=labels.device)
+    return labels.flatten().roll(-step).masked_fill(at + step >= end, IGNORE).view_as(labels)
+
+
+def count_labels(labels: Tensor) -> int:
+    """How many tokens have a label."""
+    return int((labels != IGNORE).sum())
+
+
+def router_counts(loads: list[RouterLoad]) -> Tensor:
+    """Choices int64 `[layers, E]` of a micro-batch."""
+    return torch.stack([load.counts for load in loads])
+
+
+def balance_loss(loads: list[RouterLoad], counts: Tensor, tokens: int) -> Tensor:
+    """The Switch loss (Fedus et al. 2021, eq. 4), `E sum_e f_e P_e`, mean over layers: 1 at perfect balance.
+
+    `f_e` is an expert's share of the choices in the GLOBAL batch (`counts` `[layers, E]`, over `tokens` tokens), without
+    gradient; `P_e` is its mean probability, of which this micro-batch's `loads` hold their part. So micro-batches and
+    ranks add up to exactly the loss of one big batch.
+    """
+    share = counts / counts.sum(-1, keepdim=True)
+    probability = torch.stack([load.probabilities for load in loads]) / tokens
+    return counts.shape[-1] * (share.to(probability.dtype) * probability).sum(-1).mean()
