@@ -262,25 +262,35 @@ def parse_train(args: Sequence[str]) -> Run:
     recipe = Path(args[0]) if args and not args[0].startswith("-") else None
     if recipe is None and not {"-h", "--help"} & set(args):
         raise ValueError("the recipe comes first: tenfold train RECIPE.toml [OPTIONS]")
-    from tenfold.train.trainer import TrainConfig, train
+    from tenfold.train.recipe import TrainConfig
 
     defaults = config.load_toml(TrainConfig, recipe) if recipe else TrainConfig()
     kind = make_dataclass(
         "Train",
         [
             ("resume", Annotated[bool, arg(help="go on from the last checkpoint")], False),
+            ("resume_step", Annotated[int | None, arg(help="go on from the checkpoint of this step")], None),
             ("config", Annotated[TrainConfig, arg(name="")], field(default=defaults)),
         ],
     )
     chosen = parse_options(kind, args[recipe is not None :], "train RECIPE", COMMANDS["train"].summary)
-    return partial(train, chosen.config, chosen.resume)
+
+    def run() -> None:
+        from tenfold.engine.llm import continue_text
+        from tenfold.train.trainer import train
+
+        final = train(chosen.config, chosen.resume, chosen.resume_step, continue_text)
+        print(f"{final}: the trained model; tenfold generate {final} --prompt TEXT lets it write")
+
+    return run
 
 
 def parse_demo(args: Sequence[str]) -> Run:
     """`tenfold demo`, with the fields of DemoConfig as options."""
+    from tenfold.engine.llm import continue_text
     from tenfold.study.twins import DemoConfig, run_demo
 
-    return partial(run_demo, parse_options(DemoConfig, args, "demo", COMMANDS["demo"].summary))
+    return partial(run_demo, parse_options(DemoConfig, args, "demo", COMMANDS["demo"].summary), continue_text)
 
 
 # ---- the list of them --------------------------------------------------------------------------------------

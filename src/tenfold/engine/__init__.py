@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tenfold.engine.llm import LLM, generate, stream_text
+from tenfold.engine.llm import LLM, continue_text, generate, stream_text
 from tenfold.engine.sampler import Sampler, SamplingParams
 
-__all__ = ["LLM", "Sampler", "SamplingParams", "generate", "stream_text"]
+__all__ = ["LLM", "Sampler", "SamplingParams", "continue_text", "generate", "stream_text"]

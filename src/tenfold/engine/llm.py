@@ -97,6 +97,11 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
         yield rest
 
 
+def continue_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, max_tokens: int) -> str:
+    """What the model writes after the prompt, always the same: a sample to judge a training by."""
+    return "".join(LLM(model, tokenizer).generate(prompt, SamplingParams(max_tokens=max_tokens)))
+
+
 class LLM:
     """A model and its tokenizer: text in, text out."""
 

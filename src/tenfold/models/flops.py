@@ -39,9 +39,13 @@ class ForwardFlops:
         return self.layers + self.mtp + self.head
 
 
-def forward_flops(config: Qwen3NextConfig | Qwen3Config, sequence_length: int, mtp_steps: int = 0) -> ForwardFlops:
-    """Mean cost of a token in a sequence of `sequence_length`: a token sees half of it on average."""
-    context = (sequence_length + 1) / 2
+def mean_context(sequence_length: int) -> float:
+    """Keys that a token of a sequence sees on average, itself included."""
+    return (sequence_length + 1) / 2
+
+
+def forward_flops(config: Qwen3NextConfig | Qwen3Config, context: float, mtp_steps: int = 0) -> ForwardFlops:
+    """Mean cost of a token whose attention sees `context` keys on average."""
     kinds, hidden = config.layer_kinds, config.hidden_size
     attending = [kind == FULL_ATTENTION for kind in kinds]
     feed_forward = sum(_feed_forward(config, config.is_sparse(i)) for i in range(len(kinds)))
@@ -65,16 +69,16 @@ def forward_flops(config: Qwen3NextConfig | Qwen3Config, sequence_length: int, m
 
 def training_flops(
     config: Qwen3NextConfig | Qwen3Config,
-    sequence_length: int,
+    context: float,
     mtp_steps: int = 0,
     recompute: bool = False,
     counting_pass: bool = False,
 ) -> float:
-    """FLOPs per trained token: forward, backward, what recomputation repeats, and the pass that counts router choices
-    before accumulated micro-batches."""
-    forward = forward_flops(config, sequence_length, mtp_steps)
-    again = forward.layers * (recompute + counting_pass)
-    return forward.total * (1.0 + BACKWARD) + again
+    """FLOPs of a trained token: forward, backward, what recomputation does again, and the pass over layers that counts
+    the router's choices before the first of several micro-batches."""
+    forward = forward_flops(config, context, mtp_steps)
+    counting = forward.layers + forward.mtp - mtp_steps * forward.head
+    return forward.total * (1.0 + BACKWARD) + forward.layers * recompute + counting * counting_pass
 
 
 def _attention_projections(config: Qwen3NextConfig | Qwen3Config) -> float:
@@ -95,7 +99,7 @@ def _delta_projections(config: Qwen3NextConfig | Qwen3Config) -> float:
 
 
 def _recurrence(config: Qwen3NextConfig | Qwen3Config) -> float:
-    """The chunked form: q k^T and k k^T per key head; per value head the solve, two chunk products, two reads and a write."""
+    """The chunked form: q k^T and k k^T per key head; per value head the solve, two chunk products, three of states."""
     assert isinstance(config, Qwen3NextConfig)
     keys, values = config.linear_key_head_dim, config.linear_value_head_dim
     per_key_head = 4.0 * CHUNK * keys

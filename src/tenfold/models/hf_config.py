@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from typing import Any
 
 MAY_BE_ZERO = re.compile("expert|moe|nextn")  # among the counts and sizes
 
 
-def known_fields(cls: type, values: Mapping[str, object]) -> dict[str, object]:
+def known_fields(cls: type, values: Mapping[str, object]) -> dict[str, Any]:
     """The entries of a `config.json` that `cls` knows, with transformers 5's `rope_parameters` taken apart."""
     merged = {key: value for key, value in values.items() if value is not None}
     rope = merged.pop("rope_parameters", None)

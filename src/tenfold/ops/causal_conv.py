@@ -48,6 +48,9 @@ def causal_conv1d(
     tokens, heads, tails = prefixed_rows(sequence_bounds(cu_seqlens, batch, length), width - 1, x.device)
     buffer = x.new_zeros(tokens.numel() + heads.numel(), channels).index_copy(0, tokens, x.reshape(-1, channels))
     if initial_state is not None:
+        expected = (len(heads), channels, width - 1)
+        if initial_state.shape != expected:
+            raise ValueError(f"causal_conv1d: initial_state must be {list(expected)}, got {list(initial_state.shape)}")
         rows = initial_state.to(x.dtype).transpose(1, 2).reshape(-1, channels)
         buffer = buffer.index_copy(0, heads.flatten(), rows)
     convolved = F.conv2d(buffer.T[None, :, None], weight[:, None, None].to(x.dtype), groups=channels)[0, :, 0].T

@@ -18,7 +18,7 @@ CHUNK_BYTES = 16 * 2**20  # of fp32 logits held at a time: they stay in cache th
 
 def naive_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The definition: the sum over tokens of `-log softmax(hidden weight^T)[label]`, labels of -100 left out."""
-    return F.cross_entropy((hidden @ weight.T).float(), labels, ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy((hidden @ weight.T).to(_wide(hidden)), labels, ignore_index=IGNORE, reduction="sum")
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -26,14 +26,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, needs_grad: bool) -> Tensor:
-        rows = min(len(hidden), max(1, CHUNK_BYTES // (4 * weight.shape[0])))
+        rows = max(1, min(len(hidden), CHUNK_BYTES // (4 * weight.shape[0])))
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=_wide(weight)) if needs_grad else None
         total = hidden.new_zeros((), dtype=_wide(hidden))
         buffer = hidden.new_empty(rows, weight.shape[0])
         for begin in range(0, len(hidden), rows):
             chunk = slice(begin, begin + rows)
-            x, target, kept = hidden[chunk], labels[chunk].clamp(min=0)[:, None], labels[chunk] != IGNORE
+            x, kept = hidden[chunk], labels[chunk] != IGNORE
+            target = labels[chunk].masked_fill(~kept, 0)[:, None]
             p = torch.mm(x, weight.T, out=buffer[: len(x)]).to(total.dtype)
             chosen, largest = p.gather(1, target), p.amax(-1, keepdim=True)
             mass = p.sub_(largest).exp_().sum(-1, keepdim=True)
@@ -66,7 +67,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     A sum, not a mean: micro-batches and ranks add up, and the caller divides by the labels of the whole batch.
     Returns an fp32 scalar. Raises ValueError where shapes do not fit.
     """
-    if hidden.ndim != 2 or labels.shape != hidden.shape[:1] or weight.shape[1] != hidden.shape[1]:
+    if hidden.ndim != 2 or labels.shape != hidden.shape[:1] or weight.shape != (len(weight), hidden.shape[1]):
         raise ValueError(
             "linear_cross_entropy: hidden must be [T, D], weight [C, D] and labels [T], "
             f"got {list(hidden.shape)}, {list(weight.shape)}, {list(labels.shape)}"

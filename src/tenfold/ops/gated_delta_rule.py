@@ -224,10 +224,12 @@ def gated_delta_rule(
     without it). Computes in fp32 (fp64 for fp64 inputs). Returns o `[B, T, HV, V]` in v's dtype and the final state
     `[N, HV, V, K]` in fp32. Raises ValueError where shapes do not fit.
     """
-    _check_shapes(q, k, v, g, beta)
+    _check_shapes(q, k, v, g, beta, initial_state, cu_seqlens)
     dtype = v.dtype
     with torch.autocast(v.device.type, enabled=False):
         q, k, v, g, beta = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v, g, beta))
+        if initial_state is not None:
+            initial_state = initial_state.to(v.dtype)
         if q.shape[1] == 1 and initial_state is not None and not torch.is_grad_enabled():
             o, state = recurrent_gated_delta_rule(q, k, v, g, beta, initial_state)
         else:
@@ -235,7 +237,9 @@ def gated_delta_rule(
     return o.to(dtype), state
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
+def _check_shapes(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
     if q.shape != k.shape or v.shape[:2] != q.shape[:2] or v.shape[2] % q.shape[2]:
         raise ValueError(
             "gated_delta_rule: q and k must be [B, T, H, K] and v [B, T, a multiple of H, V], "
@@ -245,3 +249,10 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> N
         raise ValueError(
             f"gated_delta_rule: g and beta must be {list(v.shape[:3])}, got {list(g.shape)} and {list(beta.shape)}"
         )
+    if initial_state is not None:
+        sequences = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
+        expected = (sequences, v.shape[2], v.shape[3], q.shape[3])
+        if initial_state.shape != expected:
+            raise ValueError(
+                f"gated_delta_rule: initial_state must be {list(expected)}, got {list(initial_state.shape)}"
+            )

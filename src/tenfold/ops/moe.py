@@ -57,11 +57,7 @@ def sparse_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor,
     x `[T, D]`, weights `[T, k]`, experts int64 `[T, k]`, gate_up `[E, 2F, D]` (gate rows first), down `[E, D, F]`;
     returns `[T, D]` in x's dtype. Products run in autocast's dtype where that is on. Raises ValueError on shapes.
     """
-    if gate_up.shape[1] != 2 * down.shape[2] or gate_up.shape[2] != x.shape[-1] or down.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"sparse_experts: gate_up must be [E, 2F, D] and down [E, D, F] with D {x.shape[-1]}, "
-            f"got {list(gate_up.shape)} and {list(down.shape)}"
-        )
+    _check_shapes(x, weights, experts, gate_up, down)
     dtype = autocast_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         y = _GroupedExperts.apply(x.to(dtype), weights.to(dtype), experts, gate_up.to(dtype), down.to(dtype))
@@ -133,3 +129,17 @@ def _sum_by_token(y: Tensor, order: Tensor, k: int) -> Tensor:
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
     return F.embedding_bag(places.view(-1, k), y, mode="sum")
+
+
+def _check_shapes(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> None:
+    if x.ndim != 2 or weights.ndim != 2 or weights.shape != experts.shape or len(weights) != len(x):
+        raise ValueError(
+            "sparse_experts: x must be [T, D], weights and experts [T, k], "
+            f"got {list(x.shape)}, {list(weights.shape)} and {list(experts.shape)}"
+        )
+    count, hidden, width = down.shape
+    if hidden != x.shape[1] or gate_up.shape != (count, 2 * width, hidden):
+        raise ValueError(
+            f"sparse_experts: gate_up must be [E, 2F, D] and down [E, D, F] with D {x.shape[1]}, "
+            f"got {list(gate_up.shape)} and {list(down.shape)}"
+        )

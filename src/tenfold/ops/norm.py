@@ -44,7 +44,7 @@ class _Normalize(torch.autograd.Function):
         grad32 = grad.to(inverse.dtype)
         grad_scale = None
         if scale is not None:
-            grad_scale = (grad32 * unit).flatten(0, -2).sum(0)
+            grad_scale = (grad32 * unit).sum_to_size(scale.shape)
             grad32 = grad32 * scale
         along = (grad32 * unit).sum(-1, keepdim=True).mul_(ctx.share)  # type: ignore[attr-defined]
         grad_x = torch.addcmul(grad32, unit, along, value=-1).mul_(inverse)
@@ -60,7 +60,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, zero_centered: bool = False)
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`rms_norm(x) * silu(gate)`, norm before gate: the output norm of Gated DeltaNet. x and gate `[..., D]`."""
-    _check_last_dim("gated_rms_norm", gate, weight)
+    _check_last_dim("gated_rms_norm", x, weight)
+    if gate.shape != x.shape:
+        raise ValueError(f"gated_rms_norm: gate must be {list(x.shape)} like x, got {list(gate.shape)}")
     return rms_norm(x, weight, eps) * F.silu(gate)
 
 

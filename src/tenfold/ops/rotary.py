@@ -19,6 +19,8 @@ def naive_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x `[..., T, H, K]` with its first R dims rotated; cos, sin `[..., T, R/2]` from `rotary_table`."""
     half = cos.shape[-1]
+    if 2 * half > x.shape[-1]:
+        raise ValueError(f"rotary: {2 * half} dims to rotate, but heads of {x.shape[-1]}")
     cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
     a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)

@@ -3,7 +3,8 @@
 Several documents share one tensor, end to end. `cu_seqlens = [0, 5, 9]` says that tokens 0 to 4 are one sequence
 and 5 to 8 the next; a batch `[B, T]` is flattened first, so its rows are sequences too. No op looks across a border.
 
-Tables are pure functions of the bounds and are kept, since every layer of a step asks for the same ones.
+Tables are pure functions of the bounds and are kept, since every layer of a step asks for the same ones. Inference mode
+is off while they are made: a table that inference asked for first serves training too.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ def sequence_bounds(cu_seqlens: Tensor | None, batch: int, length: int) -> Bound
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def positions(bounds: Bounds, device: torch.device) -> Tensor:
     """Each token's position inside its own sequence, int64 `[total]`."""
     return torch.cat([torch.arange(b - a) for a, b in pairwise(bounds)]).to(device)
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def prefixed_rows(bounds: Bounds, prefix: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Where things stand in a buffer that gives every sequence `prefix` rows before its first token.
 
@@ -69,6 +72,7 @@ class ChunkTable(NamedTuple):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def chunk_table(bounds: Bounds, size: int, device: torch.device) -> ChunkTable:
     """Cuts every sequence into chunks of `size` tokens, aligned to the sequence's own start."""
     total = bounds[-1]
@@ -91,6 +95,7 @@ def chunk_table(bounds: Bounds, size: int, device: torch.device) -> ChunkTable:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def length_buckets(bounds: Bounds, device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
     """Sequences grouped by length, padded to the longest of the group (less than twice the shortest).
 

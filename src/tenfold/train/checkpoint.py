@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there.
 
-A checkpoint is a folder `step-00001200`: the model as a Hugging Face folder that anything can load, beside the trainer's
-own state. It is written under another name, flushed to the disk, and renamed; a process killed at any moment leaves
-the previous one as it was.
+A checkpoint is a folder `step-00001200`: the model as a Hugging Face folder that anything can load, beside the
+trainer's own state. It is written under another name, flushed to the disk, and renamed; a process killed at any
+moment leaves the previous one as it was.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class TrainerState:
     tokens: int
     flops: float
     seconds: float  # spent in steps
+    seconds_total: float  # spent at all, validation, samples and checkpoints included
     loader: dict[str, int]
-    recipe: dict[str, object]  # the resolved configuration, to refuse a resume with another
 
 
 def save_checkpoint(
@@ -45,7 +45,7 @@ def save_checkpoint(
     tokenizer: Tokenizer | None,
     keep: int,
 ) -> Path:
-    """Writes `root/step-N` and removes all but the last `keep` checkpoints. Raises OSError; then nothing else is lost."""
+    """Writes `root/step-N` and removes all but the last `keep` checkpoints. Raises OSError; nothing else is lost."""
     final = root / f"step-{state.step:08d}"
     partial = root / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)

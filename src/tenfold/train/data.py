@@ -210,6 +210,17 @@ def make_batch(documents: Documents, places: list[Place], length: int, padding: 
     return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), torch.tensor(borders, dtype=torch.int32))
 
 
+def split_rows(batch: Batch, rows: int | None) -> list[Batch]:
+    """A batch in parts of at most `rows` rows; as it is without a number."""
+    total, length = batch.input_ids.shape
+    parts = []
+    for first in range(0, total, rows or total):
+        last = min(total, first + (rows or total))
+        borders = batch.cu_seqlens[(first * length <= batch.cu_seqlens) & (batch.cu_seqlens <= last * length)]
+        parts.append(Batch(batch.input_ids[first:last], batch.labels[first:last], borders - first * length))
+    return parts
+
+
 class PackedLoader:
     """Endless batches of packed documents: every token of the split once in each epoch.
 
@@ -266,6 +277,12 @@ class PackedLoader:
     def efficiency(self) -> float:
         """Share of this epoch's rows that is no padding, 0..1."""
         return float(self._plan.length.sum() / (self.rows * self.sequence_length))
+
+    @property
+    def mean_context(self) -> float:
+        """Tokens of its own sequence that a token of this epoch sees on average, itself included."""
+        lengths = self._plan.length.astype(np.float64)
+        return float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
 
     def state_dict(self) -> dict[str, int]:
         """Where the loader stands. The same for all ranks."""

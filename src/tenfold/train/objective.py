@@ -28,10 +28,15 @@ class Forward(NamedTuple):
     """One micro-batch's sums; they add up over micro-batches and ranks."""
 
     loss: Tensor  # next-token cross-entropy, summed over labels
-    labels: int
     mtp_loss: Tensor  # summed over the labels of all MTP steps
-    mtp_labels: int
     loads: list[RouterLoad]
+
+
+class LabelCounts(NamedTuple):
+    """Over how many labels the sums of a micro-batch go."""
+
+    next_token: int
+    mtp: int
 
 
 def forward(model: Model, input_ids: Tensor, labels: Tensor, cu_seqlens: Tensor, mtp_steps: int) -> Forward:
@@ -39,15 +44,36 @@ def forward(model: Model, input_ids: Tensor, labels: Tensor, cu_seqlens: Tensor,
     hidden, loads = model.hidden_states(input_ids, cu_seqlens=cu_seqlens)
     head = model.output_weight
     loss = linear_cross_entropy(hidden.flatten(0, 1), head, labels.flatten())
-    mtp_loss, mtp_labels = loss.new_zeros(()), 0
-    if mtp_steps:
-        assert isinstance(model, Qwen3Next)
-        for step, (state, load) in enumerate(model.draft_states(input_ids, hidden, mtp_steps, cu_seqlens), start=1):
-            ahead = labels_ahead(labels, cu_seqlens, step)
-            mtp_loss = mtp_loss + linear_cross_entropy(state.flatten(0, 1), head, ahead.flatten())
-            mtp_labels += count_labels(ahead)
-            loads += [load] if load is not None else []
-    return Forward(loss, count_labels(labels), mtp_loss, mtp_labels, loads)
+    mtp_loss = loss.new_zeros(())
+    for step, (state, load) in enumerate(draft_states(model, input_ids, hidden, mtp_steps, cu_seqlens), start=1):
+        ahead = labels_ahead(labels, cu_seqlens, step)
+        mtp_loss = mtp_loss + linear_cross_entropy(state.flatten(0, 1), head, ahead.flatten())
+        loads += [load] if load is not None else []
+    return Forward(loss, mtp_loss, loads)
+
+
+def router_counts(model: Model, input_ids: Tensor, cu_seqlens: Tensor, mtp_steps: int) -> Tensor:
+    """The choices int64 `[layers, E]` that `forward` would make, without its losses."""
+    with torch.no_grad():
+        hidden, loads = model.hidden_states(input_ids, cu_seqlens=cu_seqlens)
+        loads += [load for _, load in draft_states(model, input_ids, hidden, mtp_steps, cu_seqlens) if load is not None]
+    return stack_counts(loads)
+
+
+def draft_states(
+    model: Model, input_ids: Tensor, hidden: Tensor, steps: int, cu_seqlens: Tensor
+) -> list[tuple[Tensor, RouterLoad | None]]:
+    """What the MTP module makes of the body's hidden states, step by step; nothing for no steps."""
+    if not steps:
+        return []
+    assert isinstance(model, Qwen3Next)
+    return model.draft_states(input_ids, hidden, steps, cu_seqlens)
+
+
+def count_labels(labels: Tensor, cu_seqlens: Tensor, mtp_steps: int) -> LabelCounts:
+    """How many labels the losses of a micro-batch are summed over."""
+    ahead = [labels_ahead(labels, cu_seqlens, step) for step in range(1, mtp_steps + 1)]
+    return LabelCounts(int((labels != IGNORE).sum()), sum(int((x != IGNORE).sum()) for x in ahead))
 
 
 def labels_ahead(labels: Tensor, cu_seqlens: Tensor, step: int) -> Tensor:
@@ -60,22 +86,17 @@ def labels_ahead(labels: Tensor, cu_seqlens: Tensor, step: int) -> Tensor:
     return labels.flatten().roll(-step).masked_fill(at + step >= end, IGNORE).view_as(labels)
 
 
-def count_labels(labels: Tensor) -> int:
-    """How many tokens have a label."""
-    return int((labels != IGNORE).sum())
-
-
-def router_counts(loads: list[RouterLoad]) -> Tensor:
-    """Choices int64 `[layers, E]` of a micro-batch."""
+def stack_counts(loads: list[RouterLoad]) -> Tensor:
+    """Choices int64 `[layers, E]`."""
     return torch.stack([load.counts for load in loads])
 
 
 def balance_loss(loads: list[RouterLoad], counts: Tensor, tokens: int) -> Tensor:
     """The Switch loss (Fedus et al. 2021, eq. 4), `E sum_e f_e P_e`, mean over layers: 1 at perfect balance.
 
-    `f_e` is an expert's share of the choices in the GLOBAL batch (`counts` `[layers, E]`, over `tokens` tokens), without
-    gradient; `P_e` is its mean probability, of which this micro-batch's `loads` hold their part. So micro-batches and
-    ranks add up to exactly the loss of one big batch.
+    `f_e` is an expert's share of the choices in the GLOBAL batch (`counts` `[layers, E]`, over `tokens` tokens),
+    without gradient; `P_e` is its mean probability, of which this micro-batch's `loads` hold their part. So
+    micro-batches and ranks add up to exactly the loss of one big batch.
     """
     share = counts / counts.sum(-1, keepdim=True)
     probability = torch.stack([load.probabilities for load in loads]) / tokens

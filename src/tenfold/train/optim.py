@@ -1,8 +1,8 @@
 """Muon for matrices, AdamW for the rest, and their schedules.
 
-Muon (Jordan et al. 2024) replaces a matrix's averaged gradient by the nearest orthogonal matrix, so that every direction
-moves by the same amount. A stack of experts is a stack of matrices: the last two dimensions are orthogonalised, and
-matrices of one shape go through the iteration together, as one batch.
+Muon (Jordan et al. 2024) replaces a matrix's averaged gradient by the nearest orthogonal matrix, so that every
+direction moves by the same amount. A stack of experts is a stack of matrices: the last two dimensions are
+orthogonalised, and matrices of one shape go through the iteration together, as one batch.
 
 Weight decay is cautious (only where it points the way the update goes), decoupled, and falls with the learning rate.
 """
@@ -123,10 +123,11 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state_dict`. Raises ValueError where the state belongs to another model or optimizer."""
         own = self.state_dict()
-        if own.keys() != state.keys():
-            odd = sorted(own.keys() ^ state.keys())
+        odd = sorted(own.keys() ^ state.keys())
+        if odd:
             raise ValueError(
-                f"optimizer state: {len(odd)} buffers don't match this recipe, such as {odd[0]!r}: resume with the recipe it was saved with"
+                f"optimizer state: {len(odd)} buffers don't match this recipe, such as {odd[0]!r}: "
+                "resume with the recipe it was saved with"
             )
         for name, buffer in own.items():
             buffer.copy_(state[name])

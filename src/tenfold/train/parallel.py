@@ -1,4 +1,4 @@
-"""Data parallelism: ranks hold the same model, take their own rows of every batch, and add up gradients and counts."""
+"""Data parallelism: ranks hold the same model, take their own rows of a batch, and add up gradients and counts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ BUCKET_ELEMENTS = 2**24  # gradients travel in flat pieces of at most this many 
 class Ranks:
     """All processes of a run started by `torchrun`, or the only one."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         if self.world > 1 and not distributed.is_initialized():
-            distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            distributed.init_process_group("nccl" if device == "cuda" else "gloo")
 
     @property
     def is_main(self) -> bool:
@@ -31,6 +34,10 @@ class Ranks:
             x = x.clone()
             distributed.all_reduce(x)
         return x
+
+    def totals(self, *values: float) -> list[float]:
+        """The sum over ranks of each number."""
+        return self.sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Adds up the gradients of all ranks, in place. Every rank must have the same ones."""
