@@ -24,8 +24,8 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None =
     length, keys, heads, dim = q.shape[1], k.shape[1], q.shape[2], q.shape[3]
     k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))
     scores = torch.einsum("bthk,bshk->bhts", q, k) * dim**-0.5
-    hidden = torch.ones(length, keys, dtype=torch.bool, device=q.device).triu(keys - length + 1)
-    return torch.einsum("bhts,bshk->bthk", scores.masked_fill(hidden, float("-inf")).softmax(-1), v)
+    future = torch.ones(length, keys, dtype=torch.bool, device=q.device).triu(keys - length + 1)
+    return torch.einsum("bhts,bshk->bthk", scores.masked_fill(future, float("-inf")).softmax(-1), v)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -22,7 +22,7 @@ def naive_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradients are made in the forward pass, while a chunk's probabilities are at hand; backward only scales them."""
+    """Gradients are made in the forward pass, while a chunk's probabilities are at hand; backward only scales them."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, needs_grad: bool) -> Tensor:
@@ -62,7 +62,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the cross-entropies, in nats, of `hidden [T, D] @ weight [C, D]^T` against int64 labels `[T]` (-100: none).
+    """Sum of the cross-entropies in nats of `hidden [T, D] @ weight [C, D]^T` against int64 labels `[T]` (-100: none).
 
     A sum, not a mean: micro-batches and ranks add up, and the caller divides by the labels of the whole batch.
     Returns an fp32 scalar. Raises ValueError where shapes do not fit.

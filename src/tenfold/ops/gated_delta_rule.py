@@ -54,7 +54,7 @@ def naive_gated_delta_rule(
 def recurrent_gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Token by token without gradients, for decoding: both products read the old state in one sweep, one more writes it."""
+    """Token by token, for decoding, without gradients: one sweep of the old state for both products, one writes it."""
     repeat = v.shape[2] // q.shape[2]
     q, k = (x.repeat_interleave(repeat, dim=2) for x in (q * q.shape[-1] ** -0.5, k))
     state, outputs = initial_state.clone(), []
@@ -76,7 +76,8 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
     o = exp(c) S q + P u with P = (q k^T) * D, and the state becomes exp(c_C) S + sum_j exp(c_C - c_j) u_j k_j^T.
 
     Gradients are derived by hand. The one worth knowing: because every decay multiplies what passes it, the gradient of
-    c_i is just `do_i . o_i - dv_i . v_i`, and at a chunk's last token also the product of the final state and its gradient.
+    c_i is just `do_i . o_i - dv_i . v_i`, and at a chunk's last token also the product of the final state and its
+    gradient.
     """
 
     @staticmethod
@@ -143,7 +144,7 @@ class _ChunkedGatedDeltaRule(torch.autograd.Function):
 
 
 def _decays(g: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Decay between tokens `[M, HV, C, C]`, from the chunk's start and to its end `[M, HV, C, 1]`, over all of it `[M, HV, 1, 1]`."""
+    """Decay between tokens `[M, HV, C, C]`, from the start, to the end `[M, HV, C, 1]`, of it all `[M, HV, 1, 1]`."""
     c = g.cumsum(-1)
     upper = torch.ones(g.shape[-1], g.shape[-1], dtype=torch.bool, device=g.device).triu_(1)
     between = (c[..., :, None] - c[..., None, :]).masked_fill_(upper, float("-inf")).exp_()
@@ -161,7 +162,10 @@ def _per_value_head(pairs: Tensor, decay: Tensor) -> Tensor:
 
 
 def _read(x: Tensor, state: Tensor) -> Tensor:
-    """`S x` for each token: x `[M, H, C, K]`, state `[M, HV, V, K]` -> `[M, HV, C, V]`; value heads of one key head share a product."""
+    """`S x` for each token: x `[M, H, C, K]`, state `[M, HV, V, K]` -> `[M, HV, C, V]`.
+
+    The value heads of one key head share a product.
+    """
     m, heads, tokens, _ = x.shape
     out = x @ state.reshape(m, heads, -1, state.shape[-1]).mT
     return out.view(m, heads, tokens, -1, state.shape[2]).transpose(2, 3).flatten(1, 2)
@@ -174,7 +178,7 @@ def _write(u: Tensor, x: Tensor) -> Tensor:
 
 
 def _unread(u: Tensor, state: Tensor, groups: torch.Size) -> Tensor:
-    """`S^T u`, summed over the value heads of a key head: u `[M, HV, C, V]`, state `[M, HV, V, K]` -> `[M, H, C, K]`."""
+    """`S^T u`, summed over a key head's value heads: u `[M, HV, C, V]`, state `[M, HV, V, K]` -> `[M, H, C, K]`."""
     stacked = u.unflatten(1, (groups[1], -1)).transpose(2, 3).flatten(3)
     return stacked @ state.reshape(*groups, -1, state.shape[-1])
 
@@ -219,10 +223,10 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """The gated delta rule over every sequence.
 
-    q, k `[B, T, H, K]` (unit length along K), v `[B, T, HV, V]`, g `[B, T, HV]` log decay (at most 0), beta `[B, T, HV]`
-    in (0, 1); initial_state `[N, HV, V, K]`, zeros by default; cu_seqlens int `[N+1]` over the flattened tokens (N = B
-    without it). Computes in fp32 (fp64 for fp64 inputs). Returns o `[B, T, HV, V]` in v's dtype and the final state
-    `[N, HV, V, K]` in fp32. Raises ValueError where shapes do not fit.
+    q, k `[B, T, H, K]` (unit length along K), v `[B, T, HV, V]`, g `[B, T, HV]` log decay (at most 0), beta
+    `[B, T, HV]` in (0, 1); initial_state `[N, HV, V, K]`, zeros by default; cu_seqlens int `[N+1]` over the flattened
+    tokens (N = B without it). Computes in fp32 (fp64 for fp64 inputs). Returns o `[B, T, HV, V]` in v's dtype and the
+    final state `[N, HV, V, K]` in fp32. Raises ValueError where shapes do not fit.
     """
     _check_shapes(q, k, v, g, beta, initial_state, cu_seqlens)
     dtype = v.dtype

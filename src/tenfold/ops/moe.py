@@ -116,7 +116,7 @@ def _grouped(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
 
 
 def _grouped_outer(a: Tensor, b: Tensor, counts: list[int]) -> Tensor:
-    """`a^T b` expert by expert: a `[T k, O]`, b `[T k, I]` sorted by expert -> `[E, O, I]`, zeros for an idle expert."""
+    """`a^T b` expert by expert: a `[T k, O]`, b `[T k, I]` sorted by expert -> `[E, O, I]`, zeros for the idle."""
     out = a.new_zeros(len(counts), a.shape[1], b.shape[1])
     for left, right, result in zip(a.split(counts), b.split(counts), out, strict=True):
         if len(left):

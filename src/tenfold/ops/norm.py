@@ -25,7 +25,10 @@ def naive_l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 class _Normalize(torch.autograd.Function):
-    """`y = x * rsqrt(share * sum(x^2) + eps) * scale`: keeps x and one number a row, where autograd would keep four tensors."""
+    """`y = x * rsqrt(share * sum(x^2) + eps) * scale`.
+
+    Keeps x and one number a row, where autograd would keep four tensors.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor | None, share: float, eps: float) -> Tensor:

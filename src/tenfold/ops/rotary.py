@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def naive_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs (i, i + R/2) of x `[..., T, H, K]` turned by the angle of their token: the definition, as complex numbers."""
+    """The definition, as complex numbers: pairs (i, i + R/2) of x `[..., T, H, K]` turned by their token's angle."""
     half = cos.shape[-1]
     turned = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.complex(cos, sin).unsqueeze(-2)
     return torch.cat((turned.real, turned.imag, x[..., 2 * half :]), -1)
@@ -27,6 +27,6 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary_table(positions: Tensor, inverse_frequencies: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 `[..., R/2]`, of the angles at integer positions `[...]`; `scaling` is YaRN's attention factor."""
+    """cos and sin, fp32 `[..., R/2]`, of the angles at integer positions `[...]`; `scaling` is YaRN's factor."""
     angles = positions[..., None].float() * inverse_frequencies.to(positions.device)
     return angles.cos() * scaling, angles.sin() * scaling

@@ -32,7 +32,8 @@ def sequence_bounds(cu_seqlens: Tensor | None, batch: int, length: int) -> Bound
     rises = all(a < b for a, b in pairwise(bounds))
     if not bounds or bounds[0] != 0 or bounds[-1] != total or not rises:
         raise ValueError(
-            f"cu_seqlens must rise strictly from 0 to {total} (batch {batch} x length {length}), got {bounds[:4]}..{bounds[-1:]}"
+            f"cu_seqlens must rise strictly from 0 to {total} (batch {batch} x length {length}), "
+            f"got {bounds[:4]}..{bounds[-1:]}"
         )
     return bounds
 
@@ -99,7 +100,7 @@ def chunk_table(bounds: Bounds, size: int, device: torch.device) -> ChunkTable:
 def length_buckets(bounds: Bounds, device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
     """Sequences grouped by length, padded to the longest of the group (less than twice the shortest).
 
-    Each group is a pair: int64 token numbers `[n, L]` (`total` stands for padding) and the flat places of the real ones.
+    Each group is a pair: int64 token numbers `[n, L]` (`total` stands for padding) and the flat places of the others.
     """
     total = bounds[-1]
     groups: dict[int, list[tuple[int, int]]] = {}
