@@ -28,7 +28,7 @@ class Counting:
     """A model that says the next number, having seen each token once; after 9 comes 0."""
 
     def __init__(self, eos: int | None = None, context: int = 50) -> None:
-        self.config = Qwen3Config(num_hidden_layers=0, vocab_size=10, max_position_embeddings=context, eos_token_id=eos)
+        self.config = Qwen3Config(num_hidden_layers=1, vocab_size=10, max_position_embeddings=context, eos_token_id=eos)
         self.output_weight = torch.eye(10)
         self.seen: list[int] = []
 

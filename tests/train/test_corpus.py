@@ -356,7 +356,7 @@ SEPARATED = CorpusConfig(vocab_size=300, separator="--")
         ("a.jsonl", b'{"text":7}', SMALL, "TMP/a.jsonl, byte 0: field 'text' holds int, expected text"),
         ("a.jsonl", b'{"text":"\\ud800"}', SMALL, "field 'text' holds half a surrogate pair"),
         ("a.txt.gz", b"no gzip", SMALL, "TMP/a.txt.gz: damaged archive"),
-        ("a.txt.gz", gzip.compress(b"text" * 99)[:-20], SMALL, "TMP/a.txt.gz: damaged archive"),
+        ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-20], SMALL, "TMP/a.txt.gz: damaged archive"),
         ("a.txt.xz", lzma.compress(b"text" * 99)[:-20], SMALL, "TMP/a.txt.xz: damaged archive"),
         ("a.parquet", b"PAR1", SMALL, "TMP/a.parquet: no Parquet file"),
     ],

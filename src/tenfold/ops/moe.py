@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-from tenfold.ops.linear import naive_swiglu, swiglu_backward
+from tenfold.ops.linear import naive_swiglu
 from tenfold.ops.precision import autocast_dtype
 
 
@@ -68,14 +68,15 @@ class _GroupedExperts(torch.autograd.Function):
     """Tokens sorted by expert, then one product per expert over its own rows.
 
     The routing weight multiplies the narrow activation (F wide) instead of the output (D wide), so that the gradient of
-    the weights falls out of the same tensor and no output has to be kept: only x, the choice and gate/up are.
+    the weights falls out of the same tensor and no output has to be kept: only sorted tokens, choice and gate/up are.
     """
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         order = experts.flatten().argsort(stable=True)
         counts = experts.flatten().bincount(minlength=len(down)).tolist()
-        h = _grouped(x.index_select(0, order // experts.shape[1]), gate_up.mT, counts)
+        x = x.index_select(0, order // experts.shape[1])
+        h = _grouped(x, gate_up.mT, counts)
         gate, up = h.chunk(2, -1)
         activation = F.silu(gate).mul_(up).mul_(weights.flatten().index_select(0, order)[:, None])
         y = _grouped(activation, down.mT, counts)
@@ -92,18 +93,19 @@ class _GroupedExperts(torch.autograd.Function):
         gate, up = h.chunk(2, -1)
         w = weights.flatten().index_select(0, order)[:, None]
         dy = grad.index_select(0, order // k)
-        activation = F.silu(gate).mul_(up)
-        dweighted = _grouped(dy, down, counts)
-        dw = torch.empty_like(weights).flatten().index_copy_(0, order, (dweighted * activation).sum(-1))
-        ddown = _grouped_outer(dy, activation.mul_(w), counts)
+        silu = F.silu(gate)
+        dactivation = _grouped(dy, down, counts)
+        dw = (dactivation * silu).mul_(up).sum(-1)
+        dw = torch.empty_like(weights).flatten().index_copy_(0, order, dw).view_as(weights)
+        ddown = _grouped_outer(dy, (silu * up).mul_(w), counts)
+        dactivation.mul_(w)
         dh = torch.empty_like(h)
         dgate, dup = dh.chunk(2, -1)
-        grads = swiglu_backward(dweighted.mul_(w), gate, up)
-        dgate.copy_(grads[0])
-        dup.copy_(grads[1])
-        dgate_up = _grouped_outer(dh, x.index_select(0, order // k), counts)
+        torch.mul(silu, dactivation, out=dup)
+        torch.ops.aten.silu_backward.grad_input(dactivation.mul_(up), gate, grad_input=dgate)
+        dgate_up = _grouped_outer(dh, x, counts)
         dx = _sum_by_token(_grouped(dh, gate_up, counts), order, k)
-        return dx, dw.view_as(weights), None, dgate_up, ddown
+        return dx, dw, None, dgate_up, ddown
 
 
 def _grouped(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:

@@ -55,14 +55,25 @@ def learning_rate_factor(config: OptimConfig, step: int, steps: int) -> float:
 
 
 def orthogonalize(stack: Tensor) -> Tensor:
-    """Each matrix of `[N, R, C]` with its singular values brought to about 1, by Newton-Schulz iteration."""
+    """Each matrix of `[N, R, C]` with its singular values brought to about 1, by Newton-Schulz iteration.
+
+    The iteration multiplies X by polynomials in its Gram matrix X X^T, which have the short side alone. So they are
+    multiplied with each other, and X only once at the end: half of the work where the sides are 1 to 4.
+    """
     a, b, c = NEWTON_SCHULZ
     tall = stack.shape[1] > stack.shape[2]
     x = stack.mT if tall else stack
     x = x / x.norm(dim=(1, 2), keepdim=True).add(1e-7)
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    gram = x @ x.mT
+    product = None
+    for step in range(NEWTON_SCHULZ_STEPS):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        if step < NEWTON_SCHULZ_STEPS - 1:
+            gram = factor @ gram @ factor
+    assert product is not None
+    x = product @ x
     return x.mT if tall else x
 
 
@@ -71,7 +82,8 @@ def muon_flops(shapes: Iterable[torch.Size]) -> float:
     total = 0.0
     for count, rows, columns in shapes:
         short, long = min(rows, columns), max(rows, columns)
-        total += NEWTON_SCHULZ_STEPS * count * (4.0 * short * short * long + 2.0 * short**3)
+        square = 2.0 * short**3  # one product of two matrices of the short side
+        total += count * (4.0 * short * short * long + square * (4 * NEWTON_SCHULZ_STEPS - 3))
     return total
 
 
