@@ -24,7 +24,7 @@ from tenfold.models.ggml import BLOCK_TYPES, dequantize
 from tenfold.models.gguf import MOST_ITEMS, read_gguf
 from tenfold.models.info import describe
 from tenfold.models.llama_cpp import match_parts, read_configuration, read_tokenizer
-from tenfold.models.qwen3_next import Qwen3Next
+from tenfold.models.qwen3_next import Qwen3Next, Qwen3NextConfig
 from tenfold.models.weights import build_on_meta, load, load_model, open_checkpoint
 from tenfold.tokenizer import Tokenizer
 
@@ -178,6 +178,14 @@ def test_what_other_converters_write(files: Path, tmp_path: Path) -> None:
 
     merged = rewrite(files / "next-f32.gguf", tmp_path / "merged.gguf", merge)
     assert same_weights(load_model(merged), load_model(files / "next-f32.gguf"))
+
+
+def test_files_that_do_not_say_which_layers_attend(files: Path, tmp_path: Path) -> None:
+    def edit(values: Values, tensors: Tensors) -> None:
+        del values["qwen3next.attention.recurrent_layers"], values["qwen3next.full_attention_interval"]
+
+    config = read_configuration(read_gguf(rewrite(files / "next-f32.gguf", tmp_path / "old.gguf", edit)))
+    assert config.layer_kinds == Qwen3NextConfig(num_hidden_layers=2).layer_kinds
 
 
 def test_yarn(files: Path, tmp_path: Path) -> None:

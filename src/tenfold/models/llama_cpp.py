@@ -142,7 +142,7 @@ def _next_fields(file: GGUF) -> dict[str, object]:
     head_dim = file.count("qwen3next.attention.key_length", LARGEST)
     return {
         **sizes,
-        "full_attention_interval": file.count("qwen3next.full_attention_interval", LARGEST),
+        "full_attention_interval": file.metadata.get("qwen3next.full_attention_interval"),  # without it 4
         "layer_types": _layer_types(file, layers),
         "linear_value_head_dim": file.count("qwen3next.ssm.inner_size", LARGEST) // sizes["linear_num_value_heads"],
         "partial_rotary_factor": file.count("qwen3next.rope.dimension_count", head_dim) / head_dim,
@@ -158,7 +158,7 @@ def _body_layers(file: GGUF, architecture: str) -> int:
 
 
 def _layer_types(file: GGUF, layers: int) -> list[str] | None:
-    """Which layers recur, in newer files; in older ones the interval says it."""
+    """Each layer's kind in newer files; older ones have the interval alone, or leave it at the usual one."""
     key = "qwen3next.attention.recurrent_layers"
     if key not in file.metadata:
         return None
