@@ -108,7 +108,7 @@ class Runnable(Protocol):
 class Generate:
     """Continue a prompt, with a trained or a released model."""
 
-    model: Annotated[Positional[str], arg(metavar="MODEL")]  # checkpoint folder, or a name on the hub
+    model: Annotated[Positional[str], arg(metavar="MODEL")]  # checkpoint folder, GGUF file, or a name on the hub
     prompt: str  # text to continue, or to answer with --chat
     max_tokens: int = 200  # stop after this many
     temperature: float = 0.8  # 0 always takes the likeliest token
@@ -173,7 +173,7 @@ class Counted:
 class Info:
     """Describe a checkpoint: its shape, parameters and files."""
 
-    model: Annotated[Positional[Path], arg(metavar="MODEL")]  # checkpoint folder
+    model: Annotated[Positional[Path], arg(metavar="MODEL")]  # checkpoint folder, or GGUF file
     json: bool = False  # for programs
 
     def run(self) -> None:

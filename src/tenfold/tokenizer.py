@@ -73,6 +73,26 @@ class Tokenizer:
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod
+    def from_vocabulary(
+        cls,
+        vocabulary: Mapping[str, int],
+        merges: Sequence[tuple[str, str]],
+        added: Mapping[str, bool],
+        config: Mapping[str, Any],
+    ) -> Self:
+        """Qwen3's way of cutting text, with another vocabulary; `config` as above.
+
+        added: the tokens of the vocabulary that stand for themselves in a text, and whether each is a special one,
+        which answers are shown without. Raises ValueError where the parts do not fit together.
+        """
+        try:
+            backend = _byte_level(models.BPE(dict(vocabulary), list(merges)))
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(f"no tokenizer ({_one_line(error)}); download it again") from None
+        backend.add_tokens([AddedToken(t, normalized=False, special=special) for t, special in added.items()])
+        return cls(backend, config)
+
+    @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
         """Learns a byte-level BPE; the same texts in the same order give the same tokenizer.
 
@@ -83,7 +103,7 @@ class Tokenizer:
         least = 256 + len(special)
         if vocab_size < least:
             raise ValueError(f"vocab_size {vocab_size} is too small: {least} at least, such as 4096")
-        backend = _untrained()
+        backend = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - len(special),
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -203,8 +223,8 @@ def slices(text: str, size: int = SLICE) -> Iterator[str]:
         yield text[begin:]
 
 
-def _untrained() -> Backend:
-    backend = Backend(models.BPE())
+def _byte_level(model: models.BPE) -> Backend:
+    backend = Backend(model)
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -1,4 +1,4 @@
-"""What a checkpoint is and what it costs to run, from config.json and the headers of its files alone."""
+"""What a checkpoint is and what it costs to run, from its configuration and the headers of its files alone."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ class ModelInfo:
         return table
 
 
-def describe(folder: str | Path) -> ModelInfo:
-    """Reads config.json and headers, no tensor. Raises ValueError or OSError as `open_checkpoint` does."""
-    checkpoint = open_checkpoint(folder)
+def describe(path: str | Path) -> ModelInfo:
+    """Reads configuration and headers, no tensor. Raises ValueError or OSError as `open_checkpoint` does."""
+    checkpoint = open_checkpoint(path)
     config, tensors = checkpoint.config, checkpoint.tensors
     bytes_by_dtype: Counter[str] = Counter()
     for tensor in tensors.values():
@@ -71,7 +71,7 @@ def describe(folder: str | Path) -> ModelInfo:
     kinds = config.layer_kinds
     attending = sum(kind == FULL_ATTENTION for kind in kinds)
     return ModelInfo(
-        folder=str(checkpoint.folder),
+        folder=str(checkpoint.path),
         architecture=config.model_type,
         layers=config.num_hidden_layers,
         layout=layer_layout(kinds),
@@ -89,7 +89,7 @@ def describe(folder: str | Path) -> ModelInfo:
         files=len({tensor.path for tensor in tensors.values()}),
         state_bytes=_state_bytes(checkpoint, len(kinds) - attending),
         kv_bytes_per_token=2 * config.num_key_value_heads * config.head_dim * attending * KV_BYTES,
-        tokenizer=(checkpoint.folder / "tokenizer.json").is_file(),
+        tokenizer=checkpoint.has_tokenizer,
     )
 
 

@@ -95,17 +95,24 @@ def match_pieces(held: Mapping[str, StoredTensor], model: Model, folder: Path) -
     for name, parameter in model.named_parameters():
         layout: ExpertLayout = "stacked" if name in held else "separate"
         wanted |= {piece.name: piece for piece in pieces(name, parameter.shape, layout)}
-    for name, piece in wanted.items():
-        if name in held and held[name].shape != piece.shape:
-            found, expected = list(held[name].shape), list(piece.shape)
-            raise ValueError(f"{held[name].path}: {name} is {found}, expected {expected} by config.json")
+    check_fit(held, {name: piece.shape for name, piece in wanted.items()}, model, folder, "config.json")
+    return wanted
+
+
+def check_fit(
+    held: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[int, ...]], model: Model, path: Path, source: str
+) -> None:
+    """Raises ValueError unless the stored tensors are those that `source` makes the model want, in these shapes."""
+    for name, shape in wanted.items():
+        if name in held and held[name].shape != shape:
+            found, expected = list(held[name].shape), list(shape)
+            raise ValueError(f"{held[name].path}: {name} is {found}, expected {expected} by {source}")
     missing = [name for name in wanted if name not in held]
     if missing:
-        raise ValueError(f"{folder}: missing {_listing(missing)}; config.json expects them, files lack them")
+        raise ValueError(f"{path}: missing {_listing(missing)}; {source} expects them, files lack them")
     unexpected = held.keys() - wanted.keys() - _redundant(held, model)
     if unexpected:
-        raise ValueError(f"{folder}: unexpected {_listing(sorted(unexpected))}; config.json has no place for them")
-    return wanted
+        raise ValueError(f"{path}: unexpected {_listing(sorted(unexpected))}; {source} has no place for them")
 
 
 def _redundant(held: Mapping[str, StoredTensor], model: Model) -> set[str]:

@@ -13,8 +13,10 @@ def inverse_frequencies(theta: float, dim: int, scaling: Mapping[str, object] | 
     """fp32 `[dim / 2]` angles per token, and the factor on cos and sin.
 
     `scaling` is Hugging Face's `rope_scaling`: None, `{"rope_type": "default"}`, or YaRN (Peng et al. 2023, section 3)
-    with `factor` and `original_max_position_embeddings`. Raises ValueError for other kinds.
+    with `factor` and `original_max_position_embeddings`. Raises ValueError for other kinds, and a theta of 1 or less.
     """
+    if not theta > 1:
+        raise ValueError(f"rope_theta must be above 1, got {theta}")
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim  # real even in a model built on meta
     frequencies = 1.0 / theta**exponents
     kind = str(scaling.get("rope_type", scaling.get("type", "default"))) if scaling else "default"

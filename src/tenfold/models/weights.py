@@ -1,4 +1,4 @@
-"""Checkpoints: Hugging Face folders, read and written tensor by tensor.
+"""Checkpoints: Hugging Face folders, read and written tensor by tensor, and GGUF files, read only.
 
 A folder holds `config.json` and either `model.safetensors` or shards and `model.safetensors.index.json`.
 Reading goes over the headers first, so that every complaint comes before the first tensor is read. Writing
@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tenfold.models import ARCHITECTURES, Config, Model
+from tenfold.models.gguf import GGUF, read_gguf
 from tenfold.models.layout import (
     ALWAYS_FP32,
     DTYPES,
@@ -43,6 +44,14 @@ from tenfold.models.layout import (
     parse_dtype,
     pieces,
 )
+from tenfold.models.llama_cpp import (
+    has_tokenizer,
+    match_parts,
+    named_tensors,
+    read_configuration,
+    read_parts,
+    read_tokenizer,
+)
 from tenfold.models.qwen3_next import Qwen3NextConfig
 from tenfold.tokenizer import Tokenizer
 
@@ -51,31 +60,33 @@ PICKLED = (".bin", ".pt", ".pth", ".pkl")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]
 Advance = Callable[[int], None]  # of a progress bar, by bytes
+Read = Callable[[Mapping[str, Tensor]], Iterator[tuple[Tensor, Tensor, int]]]  # of a state: places, numbers, bytes
 
 
 def load(
     path_or_name: str | Path, dtype: str = "float32", device: str | torch.device = "cpu"
 ) -> tuple[Model, Tokenizer | None]:
-    """A model in evaluation mode, and its tokenizer where the folder has one.
+    """A model in evaluation mode, and its tokenizer where there is one.
 
-    path_or_name: a folder in Hugging Face's layout, or a hub name ("Qwen/Qwen3-Next-80B-A3B-Instruct").
+    path_or_name: a folder in Hugging Face's layout, a GGUF file, or a hub name ("Qwen/Qwen3-Next-80B-A3B-Instruct").
     dtype: "float32", "bfloat16", "float16", or "auto", the checkpoint's own; A_log and dt_bias stay float32.
     Raises ValueError or OSError, in one line, where the checkpoint cannot be read.
     """
-    folder = resolve_folder(path_or_name)
-    return load_model(folder, dtype, device, progress=True), Tokenizer.from_folder(folder)
+    path = resolve_path(path_or_name)
+    model = load_model(path, dtype, device, progress=True)
+    return model, read_tokenizer(read_gguf(path)) if path.is_file() else Tokenizer.from_folder(path)
 
 
-def resolve_folder(path_or_name: str | Path) -> Path:
-    """The folder itself, or the local snapshot of a hub name; what it lacks is downloaded.
+def resolve_path(path_or_name: str | Path) -> Path:
+    """The folder or file itself, or the local snapshot of a hub name; what it lacks is downloaded.
 
     Raises OSError where there is neither.
     """
-    folder = Path(path_or_name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or not HUB_NAME.fullmatch(str(path_or_name)):
-        raise FileNotFoundError(f"{path_or_name}: no such folder, and no hub name of the form owner/model")
+    path = Path(path_or_name).expanduser()
+    if path.exists():
+        return path
+    if not HUB_NAME.fullmatch(str(path_or_name)):
+        raise FileNotFoundError(f"{path_or_name}: no such folder or file, and no hub name of the form owner/model")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -92,22 +103,23 @@ def resolve_folder(path_or_name: str | Path) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A folder whose headers have been read and checked; its tensors have not."""
+    """A folder or GGUF file whose headers have been read and checked; its tensors have not."""
 
-    folder: Path
+    path: Path
     config: Config
     declared_dtype: str | None  # what config.json says
     tensors: dict[str, StoredTensor]
+    has_tokenizer: bool
 
     @property
     def dtype(self) -> str:
-        """The dtype that `auto` stands for: the declared one, else that of the most bytes."""
+        """The dtype that `auto` stands for: the declared one, else that of the most bytes, quantised being bfloat16."""
         if self.declared_dtype in LOADABLE:
             return self.declared_dtype
         held: Counter[str] = Counter()
         for tensor in self.tensors.values():
             held[tensor.dtype] += tensor.nbytes
-        return dtype_name(DTYPES[held.most_common(1)[0][0]])
+        return dtype_name(DTYPES.get(held.most_common(1)[0][0], torch.bfloat16))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -115,23 +127,42 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Reads config.json and the headers of all files, and checks that the files are whole.
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads the configuration and the headers of all files, and checks that the files are whole.
 
-    Whether there is an MTP module is for the files to say: released configurations do not mention it, and
-    some tools drop its tensors but keep the mention.
+    path: a folder, or a GGUF file. Whether there is an MTP module is for the files to say: released configurations
+    do not mention it, and some tools drop its tensors but keep the mention.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    tensors = {name: tensor for path in _weight_files(folder) for name, tensor in read_header(path).items()}
+    path = Path(path)
+    if path.is_file():
+        return _open_gguf(read_gguf(path))
+    config = read_config(path)
+    tensors = {name: tensor for file in _weight_files(path) for name, tensor in read_header(file).items()}
     if not tensors:
-        raise ValueError(f"{folder}: the weight files hold no tensors")
+        raise ValueError(f"{path}: the weight files hold no tensors")
     if isinstance(config, Qwen3NextConfig):
         modules = int(any(name.startswith("mtp.") for name in tensors))
         config = replace(config, num_nextn_predict_layers=modules)
-    values = _read_object(folder / "config.json")
+    values = _read_object(path / "config.json")
     declared = values.get("dtype") or values.get("torch_dtype")
-    return Checkpoint(folder=folder, config=config, declared_dtype=str(declared) if declared else None, tensors=tensors)
+    return Checkpoint(
+        path=path,
+        config=config,
+        declared_dtype=str(declared) if declared else None,
+        tensors=tensors,
+        has_tokenizer=(path / "tokenizer.json").is_file(),
+    )
+
+
+def _open_gguf(file: GGUF) -> Checkpoint:
+    config = read_configuration(file)
+    return Checkpoint(
+        path=file.path,
+        config=config,
+        declared_dtype=None,
+        tensors=named_tensors(file, config),
+        has_tokenizer=has_tokenizer(file),
+    )
 
 
 def read_config(folder: str | Path) -> Config:
@@ -231,21 +262,25 @@ def _check_extent(path: Path, start: int, size: int, tensors: Mapping[str, Store
 
 
 def load_model(
-    folder: str | Path, dtype: str = "float32", device: str | torch.device = "cpu", progress: bool = False
+    path: str | Path, dtype: str = "float32", device: str | torch.device = "cpu", progress: bool = False
 ) -> Model:
-    """The model in `folder`, in evaluation mode. In memory: the model, and the tensor being read.
+    """The model in a folder or GGUF file, in evaluation mode. In memory: the model, and the tensor being read.
 
     dtype, device and errors as for `load`.
     """
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(path)
     chosen = parse_dtype(checkpoint.dtype if dtype == "auto" else dtype)
     model = build_on_meta(checkpoint.config)
-    places = match_pieces(checkpoint.tensors, model, checkpoint.folder)
+    read = _plan(checkpoint, model)
     state = {
         name: torch.empty(parameter.shape, dtype=parameter_dtype(name, chosen), device=device)
         for name, parameter in model.named_parameters()
     }
-    _fill(state, places, checkpoint, progress)
+    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    with byte_bar(f"reading {checkpoint.path}", total, progress) as advance:
+        for place, numbers, nbytes in read(state):
+            place.copy_(numbers)
+            advance(nbytes)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -256,16 +291,21 @@ def build_on_meta(config: Config) -> Model:
         return ARCHITECTURES[config.model_type][1](config)  # type: ignore[arg-type]
 
 
-def _fill(state: dict[str, Tensor], places: dict[str, Piece], checkpoint: Checkpoint, progress: bool) -> None:
-    held = checkpoint.tensors
+def _plan(checkpoint: Checkpoint, model: Model) -> Read:
+    """How the files fill the parameters; ValueError where they do not fit the configuration."""
+    held, path = checkpoint.tensors, checkpoint.path
+    if path.is_file():
+        return partial(read_parts, match_parts(held, model, path), held, checkpoint.config)
+    return partial(_read_pieces, match_pieces(held, model, path), held)
+
+
+def _read_pieces(
+    places: Mapping[str, Piece], held: Mapping[str, StoredTensor], state: Mapping[str, Tensor]
+) -> Iterator[tuple[Tensor, Tensor, int]]:
     in_file_order = sorted(places, key=lambda name: (held[name].path, held[name].begin))
-    total = sum(held[name].nbytes for name in places)
-    with byte_bar(f"reading {checkpoint.folder}", total, progress) as advance:
-        for path, names in groupby(in_file_order, key=lambda name: held[name].path):
-            for name, tensor in _read_file(path, names):
-                piece = places[name]
-                piece.of(state[piece.parameter]).copy_(tensor)
-                advance(held[name].nbytes)
+    for path, names in groupby(in_file_order, key=lambda name: held[name].path):
+        for name, tensor in _read_file(path, names):
+            yield places[name].of(state[places[name].parameter]), tensor, held[name].nbytes
 
 
 def _read_file(path: Path, names: Iterator[str]) -> Iterator[tuple[str, Tensor]]:
