@@ -30,7 +30,7 @@ from tenfold.ops.linear import swiglu
 from tenfold.ops.moe import RouterLoad, route, sparse_experts
 from tenfold.ops.norm import gated_rms_norm, l2_norm, rms_norm
 from tenfold.ops.rotary import rotary, rotary_table
-from tenfold.ops.sequences import positions, sequence_bounds
+from tenfold.ops.sequences import last_tokens, positions, sequence_bounds
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -388,12 +388,17 @@ class Qwen3Next(nn.Module):
     def draft_states(
         self, input_ids: Tensor, hidden: Tensor, steps: int, cu_seqlens: Tensor | None = None
     ) -> list[tuple[Tensor, RouterLoad | None]]:
-        """MTP applied `steps` times: the s-th state `[B, T, D]` at t predicts token t + s + 1 (the last s of a sequence don't count)."""
+        """MTP applied `steps` times: the s-th state `[B, T, D]` at t predicts token t + s + 1.
+
+        The last s states of a sequence don't count; they read its last token, so that nothing depends on what follows.
+        """
         assert self.mtp is not None, "the configuration has no MTP module"
         rotation = self.rotation(input_ids, None, cu_seqlens)
+        last = last_tokens(sequence_bounds(cu_seqlens, *input_ids.shape), input_ids.device)
+        places = torch.arange(input_ids.numel(), device=input_ids.device)
         states = []
         for step in range(1, steps + 1):
-            ahead = input_ids.flatten().roll(-step).view_as(input_ids)
+            ahead = input_ids.flatten()[torch.minimum(places + step, last)].view_as(input_ids)
             hidden, load = self.mtp(self.model.embed_tokens(ahead), hidden, rotation, cu_seqlens)
             states.append((hidden, load))
         return states

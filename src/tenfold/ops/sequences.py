@@ -47,6 +47,13 @@ def positions(bounds: Bounds, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
+def last_tokens(bounds: Bounds, device: torch.device) -> Tensor:
+    """Where each token's own sequence has its last token, int64 `[total]`."""
+    return torch.cat([torch.full((b - a,), b - 1) for a, b in pairwise(bounds)]).to(device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def prefixed_rows(bounds: Bounds, prefix: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Where things stand in a buffer that gives every sequence `prefix` rows before its first token.
 

@@ -12,7 +12,7 @@ from tenfold.models import Model
 from tenfold.models.qwen3_next import Qwen3Next
 from tenfold.ops.cross_entropy import IGNORE, linear_cross_entropy
 from tenfold.ops.moe import RouterLoad
-from tenfold.ops.sequences import sequence_bounds
+from tenfold.ops.sequences import last_tokens, sequence_bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +78,9 @@ def count_labels(labels: Tensor, cu_seqlens: Tensor, mtp_steps: int) -> LabelCou
 
 def labels_ahead(labels: Tensor, cu_seqlens: Tensor, step: int) -> Tensor:
     """Labels `step` tokens further on, -100 where that leaves the sequence."""
-    bounds = sequence_bounds(cu_seqlens, *labels.shape)
-    ends = torch.tensor(bounds[1:], device=labels.device)
-    lengths = ends - torch.tensor(bounds[:-1], device=labels.device)
-    end = ends.repeat_interleave(lengths)
+    last = last_tokens(sequence_bounds(cu_seqlens, *labels.shape), labels.device)
     at = torch.arange(labels.numel(), device=labels.device)
-    return labels.flatten().roll(-step).masked_fill(at + step >= end, IGNORE).view_as(labels)
+    return labels.flatten().roll(-step).masked_fill(at + step > last, IGNORE).view_as(labels)
 
 
 def stack_counts(loads: list[RouterLoad]) -> Tensor:
