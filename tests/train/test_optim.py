@@ -270,7 +270,7 @@ def test_a_stable_phase_stands_between_warmup_and_decay() -> None:
     [
         ({"warmup": 1.5}, "optim.warmup must be from 0 to 1, got 1.5"),
         ({"decay": -0.1}, "optim.decay must be from 0 to 1, got -0.1"),
-        ({"warmup": 0.5, "decay": 0.6}, "optim.warmup 0.5 and optim.decay 0.6 exceed the training"),
+        ({"warmup": 0.5, "decay": 0.6}, "optim.warmup 0.5 and optim.decay 0.6 exceed the training together"),
         ({"muon_lr": 0.0}, "optim.muon_lr must be above 0, got 0.0"),
         ({"adam_lr": -1.0}, "optim.adam_lr must be above 0, got -1.0"),
         ({"clip": 0.0}, "optim.clip must be above 0, got 0.0"),

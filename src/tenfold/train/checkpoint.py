@@ -45,7 +45,8 @@ def save_checkpoint(
     tokenizer: Tokenizer | None,
     keep: int,
 ) -> Path:
-    """Writes `root/step-N` and removes all but the last `keep` checkpoints. Raises OSError; nothing else is lost."""
+    """Writes `root/step-N`, then removes all but the last `keep` checkpoints up to it, and those of later steps, which
+    a run left behind that went back. Raises OSError; nothing else is lost."""
     final = root / f"step-{state.step:08d}"
     partial = root / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -53,8 +54,8 @@ def save_checkpoint(
         partial.mkdir(parents=True)
         save_model(model, partial, tokenizer=tokenizer)
         save_file(tensors, partial / TENSORS)
-        digests = {path.name: _digest(path) for path in sorted(partial.iterdir())}
-        (partial / STATE).write_text(json.dumps({**asdict(state), "sha256": digests}, indent=1))
+        values = asdict(state) | {"files": {path.name: _digest(path) for path in sorted(partial.iterdir())}}
+        (partial / STATE).write_text(json.dumps(values | {"sha256": _seal(values)}, indent=1))
         for path in (*partial.iterdir(), partial):
             _flush(path)
         shutil.rmtree(final, ignore_errors=True)
@@ -65,7 +66,8 @@ def save_checkpoint(
             f"checkpoint {final} could not be written ({error}); earlier checkpoints are untouched"
         ) from error
     _flush(root)
-    for old in checkpoints(root)[:-keep]:
+    kept = [path for path in checkpoints(root) if path <= final][-keep:]
+    for old in set(checkpoints(root)) - set(kept):
         shutil.rmtree(old)
     return final
 
@@ -92,24 +94,30 @@ def choose_checkpoint(root: Path, step: int | None) -> Path:
 def load_checkpoint(folder: Path) -> tuple[Model, dict[str, Tensor], TrainerState]:
     """Reads a checkpoint after comparing every file with its checksum. Raises ValueError where it is damaged."""
     try:
-        state = json.loads((folder / STATE).read_text())
-        digests: dict[str, str] = state.pop("sha256")
+        values = json.loads((folder / STATE).read_text())
+        seal = values.pop("sha256")
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
         raise ValueError(_damaged(folder, f"{STATE} is no trainer state ({error})")) from error
-    for name, digest in digests.items():
+    if seal != _seal(values):
+        raise ValueError(_damaged(folder, f"{STATE} does not have the sha256 it was saved with"))
+    for name, digest in values.pop("files").items():
         path = folder / name
         if not path.is_file():
             raise ValueError(_damaged(folder, f"{name} is missing"))
         if _digest(path) != digest:
             raise ValueError(_damaged(folder, f"{name} does not have the sha256 {digest[:12]}.. it was saved with"))
     model = load_model(folder, dtype="float32", device="cpu")
-    return model, load_file(folder / TENSORS), TrainerState(**state)
+    return model, load_file(folder / TENSORS), TrainerState(**values)
 
 
 def _damaged(folder: Path, what: str) -> str:
     earlier = [int(path.name[5:]) for path in checkpoints(folder.parent) if path < folder]
     advice = f"resume from the one before with --resume-step {earlier[-1]}" if earlier else "there is none before it"
     return f"checkpoint {folder} is damaged: {what}; {advice}"
+
+
+def _seal(values: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
@@ -115,8 +116,15 @@ class MetricsLog:
         self._file = path.open(mode, encoding="utf-8", buffering=1)
 
     def write(self, record: Record) -> None:
-        """Appends one line. Raises OSError, such as on a full disk."""
-        self._file.write(encode(record) + "\n")
+        """Appends one line. Raises OSError, such as on a full disk, after closing the file."""
+        try:
+            self._file.write(encode(record) + "\n")
+        except OSError as error:
+            with suppress(OSError):  # it tries to write the rest once more
+                self._file.close()
+            raise OSError(
+                error.errno, f"{error.strerror}; make room, then go on with --resume", self._file.name
+            ) from error
 
     def close(self) -> None:
         """Closes the file."""

@@ -40,6 +40,19 @@ class OptimConfig:
     decay: float = 0.65  # share of the steps, of warmup-stable-decay
     final_lr: float = 0.0  # share of the peak that is left at the end
 
+    def __post_init__(self) -> None:
+        for name in ("muon_lr", "adam_lr", "clip"):
+            if not getattr(self, name) > 0.0:
+                raise ValueError(f"optim.{name} must be above 0, got {getattr(self, name)}")
+        for name in ("warmup", "decay", "final_lr"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"optim.{name} must be from 0 to 1, got {getattr(self, name)}")
+        for name, value in (("momentum", self.momentum), *(("adam_betas", beta) for beta in self.adam_betas)):
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"optim.{name} must be from 0 to below 1, got {value}")
+        if self.schedule == "wsd" and self.warmup + self.decay > 1.0 + 1e-9:
+            raise ValueError(f"optim.warmup {self.warmup} and optim.decay {self.decay} exceed the training together")
+
 
 def learning_rate_factor(config: OptimConfig, step: int, steps: int) -> float:
     """Share of the peak learning rate at step 0 .. steps-1."""

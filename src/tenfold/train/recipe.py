@@ -114,13 +114,18 @@ class TrainConfig:
             raise ValueError("model.num_nextn_predict_layers 1 needs objective.mtp_steps of 1 or more")
 
 
-def resolve(config: TrainConfig) -> TrainConfig:
-    """The recipe with `auto` replaced by what this machine is. Raises ValueError for a device that it lacks."""
+def resolve(config: TrainConfig, resume: bool = False) -> TrainConfig:
+    """The recipe with `auto` replaced by what this machine is, or by the precision that a run to resume has.
+
+    Raises ValueError for a device that the machine lacks.
+    """
     gpu = torch.cuda.is_available()
     if config.device == "cuda" and not gpu:
         raise ValueError("device 'cuda': torch finds no GPU, or is a build for CPUs only; take device 'cpu'")
     device: Device = ("cuda" if gpu else "cpu") if config.device == "auto" else config.device
     precision = config.precision
+    if precision == "auto" and resume and (config.out / RECIPE).is_file():
+        precision = load_toml(TrainConfig, config.out / RECIPE).precision  # it was measured, and may come out otherwise
     if precision == "auto":
         precision = "bfloat16" if multiplies_bfloat16(device) else "float32"
     return replace(config, device=device, precision=precision)

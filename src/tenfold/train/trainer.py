@@ -54,7 +54,7 @@ def train(
     Raises ValueError for a recipe that can't be, or that isn't the one of the run in its folder; OSError where a file
     can't be written; KeyboardInterrupt after an interruption, with everything saved.
     """
-    config = resolve(config)
+    config = resolve(config, resume or resume_step is not None)
     ranks = Ranks(config.device)
     try:
         checkpoint = start_from(config, resume, resume_step, ranks.is_main)
@@ -94,6 +94,7 @@ class Trainer:
         self.peak_flops = matmul_gflops(self.dtype, config.device) * 1e9 * ranks.world
         self.step, self.tokens, self.flops, self.seconds, self.skipped = 0, 0, 0.0, 0.0, 0
         self.begun, self.seconds_before, self.first_step = time.perf_counter(), 0.0, 0
+        self.saved = 0  # step of the last checkpoint
         if checkpoint is None:
             self.model: Model = ARCHITECTURES[config.model.model_type][1](config.model)  # type: ignore[arg-type]
             self.model.init_weights(torch.Generator().manual_seed(config.seed))
@@ -266,8 +267,8 @@ class Trainer:
         return Sample(step=self.step, prompt=prompt, text=text)
 
     def save(self) -> None:
-        """Writes a checkpoint; every process has to call it. Raises OSError."""
-        if self.ranks.is_main:
+        """Writes a checkpoint unless this step has one; every process has to call it. Raises OSError."""
+        if self.ranks.is_main and self.saved != self.step:
             state = TrainerState(
                 step=self.step,
                 tokens=self.tokens,
@@ -278,6 +279,7 @@ class Trainer:
             )
             root, tensors = self.config.out / CHECKPOINTS, self.optimizer.state_dict()
             save_checkpoint(root, self.model, tensors, state, self.corpus.tokenizer, self.config.checkpoint.keep)
+        self.saved = self.step
         self.ranks.barrier()
 
     def _restore(self, checkpoint: Path) -> None:
@@ -287,7 +289,7 @@ class Trainer:
         self.optimizer.load_state_dict(tensors)
         self.loader.load_state_dict(state.loader)
         self.step, self.tokens, self.flops, self.seconds = state.step, state.tokens, state.flops, state.seconds
-        self.seconds_before, self.first_step = state.seconds_total, state.step
+        self.seconds_before, self.first_step, self.saved = state.seconds_total, state.step, state.step
 
     def finish(self) -> Path:
         """Writes the finished model and the pictures; returns the model's folder."""
