@@ -108,6 +108,8 @@ class TrainConfig:
         if data.sequence_length > self.model.max_position_embeddings:
             limit = self.model.max_position_embeddings
             raise ValueError(f"data.sequence_length {data.sequence_length} exceeds max_position_embeddings {limit}")
+        if mtp < 0:
+            raise ValueError(f"objective.mtp_steps must be 0 or more, got {mtp}")
         if mtp and not has_mtp:
             raise ValueError(f"objective.mtp_steps {mtp} needs model.num_nextn_predict_layers 1")
         if has_mtp and not mtp:
@@ -144,7 +146,7 @@ def step_rows(config: TrainConfig, world: int = 1) -> list[int]:
     rows: list[int] = []
     seen = 0
     while seen < total:
-        share = max(seen / total, 1e-9) ** data.batch_growth if data.batch_growth else 1.0
+        share = (seen / total) ** data.batch_growth
         wanted = max(SMALLEST_BATCH, share) * data.batch_rows
         rows.append(max(1, round(wanted / world)) * world)
         seen += rows[-1]
