@@ -7,14 +7,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from tenfold import cli
+from tenfold.engine.llm import continue_text
+from tenfold.models.qwen3 import Qwen3Config
+from tenfold.train.optim import OptimConfig
+from tenfold.train.recipe import TrainConfig
 
 
 def tenfold(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -117,40 +121,27 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     assert f"usage: tenfold {name}" in capsys.readouterr().out
 
 
-@dataclass(frozen=True, kw_only=True)
-class Optim:
-    lr: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    out: Path = Path("runs/x")
-    init_from: Path | None = None
-    steps: int = 10
-    optim: Optim = Optim()
-
-
 @pytest.mark.parametrize(
     ("options", "resume", "expected"),
     [
-        ([], False, Recipe(steps=20, optim=Optim(lr=1.0))),
-        (["--resume"], True, Recipe(steps=20, optim=Optim(lr=1.0))),
-        (
-            ["--steps", "3", "--optim.betas", "0", "1"],
-            False,
-            Recipe(steps=3, optim=Optim(lr=1, betas=(0, 1))),
-        ),
-        (["--init-from", "a"], False, Recipe(init_from=Path("a"), steps=20, optim=Optim(lr=1.0))),
+        ([], (False, None), {}),
+        (["--resume"], (True, None), {}),
+        (["--resume-step", "7"], (False, 7), {}),
+        (["--tokens", "3"], (False, None), {"tokens": 3}),
+        (["--optim.adam-betas", "0", "1"], (False, None), {"optim": OptimConfig(adam_lr=1.0, adam_betas=(0.0, 1.0))}),
+        (["--model.num-hidden-layers", "9"], (False, None), {"model": Qwen3Config(num_hidden_layers=9)}),
     ],
 )
 def test_options_override_the_recipe(
-    options: list[str], resume: bool, expected: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str],
+    resume: tuple[bool, int | None],
+    expected: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    trainer = ModuleType("trainer")
-    calls: list[tuple[Recipe, bool]] = []
-    vars(trainer).update(TrainConfig=Recipe, train=lambda recipe, resume: calls.append((recipe, resume)))
-    monkeypatch.setitem(sys.modules, "tenfold.train.trainer", trainer)
-    (tmp_path / "recipe.toml").write_text("steps = 20\n[optim]\nlr = 1")
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr("tenfold.train.trainer.train", lambda *arguments: calls.append(arguments))
+    (tmp_path / "recipe.toml").write_text('tokens = 20\n[model]\nmodel_type = "qwen3"\n[optim]\nadam_lr = 1')
     assert cli.main(["train", str(tmp_path / "recipe.toml"), *options]) == 0
-    assert calls == [(expected, resume)]
+    recipe = TrainConfig(tokens=20, model=Qwen3Config(), optim=OptimConfig(adam_lr=1.0))
+    assert calls == [(replace(recipe, **expected), *resume, continue_text)]
