@@ -128,7 +128,7 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
         (["--resume"], (True, None), {}),
         (["--resume-step", "7"], (False, 7), {}),
         (["--tokens", "3"], (False, None), {"tokens": 3}),
-        (["--optim.adam-betas", "0", "1"], (False, None), {"optim": OptimConfig(adam_lr=1.0, adam_betas=(0.0, 1.0))}),
+        (["--optim.adam-betas", "0", "0.5"], (False, None), {"optim": OptimConfig(adam_lr=1.0, adam_betas=(0.0, 0.5))}),
         (["--model.num-hidden-layers", "9"], (False, None), {"model": Qwen3Config(num_hidden_layers=9)}),
     ],
 )

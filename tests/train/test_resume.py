@@ -6,10 +6,8 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +16,9 @@ import torch
 
 from tenfold import cli
 from tenfold.models.qwen3 import Qwen3Config
-from tenfold.train.checkpoint import checkpoints
+from tenfold.train.checkpoint import checkpoints, load_checkpoint
 from tenfold.train.metrics import METRICS, Metrics, read_metrics
 from tenfold.train.recipe import CHECKPOINTS, FINAL, TrainConfig
-from tenfold.train.trainer import train
 
 Make = Callable[..., TrainConfig]
 Start = Callable[..., subprocess.Popen[str]]
@@ -34,11 +31,9 @@ SAME_EVERYWHERE = {  # the same kernels on every x86 processor
     "ONEDNN_MAX_CPU_ISA": "SSE41",
     "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA,-FMA4",
 }
-EVERYTHING: dict[str, object] = {  # MTP and accumulation are in the tiny recipe already
-    "recompute": True,
-    "data.batch_growth": 0.38,
-    "tokens": 8 * 128,
-    "checkpoint.every": 3,
+VARIANTS: dict[str, dict[str, object]] = {  # MTP and accumulation are in the tiny recipe already
+    "qwen3_next": {"data.batch_growth": 0.38, "tokens": 7 * 128, "checkpoint.every": 2, "checkpoint.keep": 1},
+    "qwen3": {"recompute": True, "optim.kind": "adamw", "tokens": 12 * 128, "checkpoint.every": 3},
 }
 
 
@@ -91,23 +86,16 @@ def assert_same_end(found: TrainConfig, expected: TrainConfig) -> None:
 # ---- whole runs to compare with ----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def settings(dense: Qwen3Config) -> dict[str, dict[str, object]]:
-    """Changes to the tiny recipe."""
-    simple: dict[str, object] = {"model": dense, "optim.kind": "adamw", "tokens": 12 * 128, "checkpoint.every": 3}
-    return {"qwen3_next": EVERYTHING, "qwen3": simple}
-
-
-@pytest.fixture(scope="module", params=["qwen3_next", "qwen3"])
+@pytest.fixture(scope="module", params=VARIANTS)
 def whole(
     request: pytest.FixtureRequest,
-    settings: dict[str, dict[str, object]],
+    dense: Qwen3Config,
     recipe: Make,
     start: Start,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[TrainConfig, dict[str, object]]:
     """A run that nothing stopped, and its changes to the tiny recipe."""
-    changes = settings[request.param]
+    changes = VARIANTS[request.param] | ({"model": dense} if request.param == "qwen3" else {})
     config = recipe(tmp_path_factory.mktemp(request.param) / "run", changes)
     done = end_of(start(config))
     assert done.code == 0 and done.err == ""
@@ -187,60 +175,81 @@ DYING = """
 import os, shutil, signal, sys
 from pathlib import Path
 from tenfold import cli
-from tenfold.models import weights
 from tenfold.train import checkpoint
 
-def die(*arguments):
+moment, folder, sys.argv = sys.argv[1], sys.argv[2], [*sys.argv[:1], *sys.argv[3:]]
+save_file, rename, rmtree = checkpoint.save_file, Path.rename, shutil.rmtree
+
+def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
-def tear(tensors, path):
-    Path(path).write_bytes(b"half of it")
-    die()
-
-moment, sys.argv = sys.argv[1], sys.argv[:1] + sys.argv[2:]
-places = {
-    "model": (weights, "_publish", die),
-    "optimizer": (checkpoint, "save_file", tear),
-    "flush": (checkpoint, "_flush", die),
-    "rename": (checkpoint.Path, "rename", None),
-    "old ones": (checkpoint.shutil, "rmtree", None),
-}
-owner, name, deadly = places[moment]
-original = getattr(owner, name)
-calls = iter([original, deadly])
-
-def rename(path, target):
-    if path.name.endswith("06.partial"):
+def dying_save(tensors, path):
+    save_file(tensors, path)
+    if moment == "the optimizer is half written" and folder in str(path):
+        os.truncate(path, path.stat().st_size // 2)
         die()
-    return original(path, target)
 
-def rmtree(path, ignore_errors=False):
-    if Path(path).name == "step-00000003":
+def dying_rename(path, target):
+    if moment == "all is written" and target.name == folder:
         die()
-    return original(path, ignore_errors)
+    rename(path, target)
+    if moment == "the one before is still there" and target.name == folder:
+        die()
 
-def second_save(*arguments):
-    return (deadly if (Path(sys.argv[2]).with_suffix("") / "checkpoints/step-00000003").exists() else original)(*arguments)
+def dying_rmtree(path, ignore_errors=False):
+    if moment == "the one before is half removed" and (path.parent / folder).exists():
+        next(path.iterdir()).unlink()
+        die()
+    rmtree(path, ignore_errors)
 
-setattr(owner, name, {"rename": rename, "old ones": rmtree}.get(moment, second_save))
+checkpoint.save_file, Path.rename, shutil.rmtree = dying_save, dying_rename, dying_rmtree
 raise SystemExit(cli.main())
 """
+DEATHS = (  # moment, step that is being saved, steps that are saved then
+    ("the optimizer is half written", 4, [2]),
+    ("all is written", 6, [4]),
+    ("the one before is still there", 8, [6, 8]),
+    ("the one before is half removed", 10, [10]),
+)
 
 
 @pytest.mark.parametrize("whole", ["qwen3_next"], indirect=True)
-@pytest.mark.parametrize(
-    ("moment", "saved"), [("model", 3), ("optimizer", 3), ("flush", 3), ("rename", 3), ("old ones", 6)]
-)
-def test_killed_while_saving_the_one_before_is_there(
-    moment: str, saved: int, whole: tuple[TrainConfig, dict[str, object]], recipe: Make, start: Start, tmp_path: Path
+def test_killed_again_and_again_while_saving(
+    whole: tuple[TrainConfig, dict[str, object]], recipe: Make, start: Start, tmp_path: Path
 ) -> None:
-    config = recipe(tmp_path / "run", whole[1] | {"checkpoint.keep": 1})
-    done = end_of(start(config, program=("-c", DYING, moment)))
-    assert done.code == -signal.SIGKILL, done
-    assert checkpoints(config.out / CHECKPOINTS)[-1].name == f"step-{saved:08d}"
-    if moment in ("optimizer", "old ones"):
-        assert end_of(start(config, "--resume")).code == 0
-        assert_same_end(config, whole[0])
+    config = recipe(tmp_path / "run", whole[1])
+    for number, (moment, step, saved) in enumerate(DEATHS):
+        options = ("--resume",) if number else ()
+        done = end_of(start(config, *options, program=("-c", DYING, moment, f"step-{step:08d}")))
+        assert done.code == -signal.SIGKILL, (moment, done)
+        whole_ones = {int(path.name[5:]) for path in checkpoints(config.out / CHECKPOINTS)}
+        assert whole_ones - {8} == set(saved) - {8}, moment
+        load_checkpoint(checkpoints(config.out / CHECKPOINTS)[-1])
+    assert end_of(start(config, "--resume")).code == 0
+    assert_same_end(config, whole[0])
+
+
+# ---- a stored curve ----------------------------------------------------------------------------------------
+
+
+def pinned_torch() -> str:
+    constraints = Path(__file__).parents[2] / "constraints.txt"
+    return next(line[7:] for line in constraints.read_text().splitlines() if line.startswith("torch=="))
+
+
+@pytest.mark.skipif(torch.__version__.split("+")[0] != pinned_torch(), reason="another torch rounds otherwise")
+@pytest.mark.parametrize("family", ["sparse", "dense"])
+def test_the_loss_curve_is_the_stored_one(
+    family: str, recipe: Make, start: Start, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """To store a new one after a change that is meant to change it: TENFOLD_STORE_CURVE=1."""
+    schedule: dict[str, object] = {} if family == "sparse" else {"optim.kind": "adamw", "optim.schedule": "cosine"}
+    config = recipe(tmp_path / "run", schedule | {"model": request.getfixturevalue(family), "tokens": 8 * 128})
+    assert end_of(start(config, **SAME_EVERYWHERE)).code == 0
+    metrics = read_metrics(config.out / METRICS)
+    found = [x.loss.hex() for x in (*metrics.steps, metrics.validations[-1])]
+    stored: dict[str, list[str]] = json.loads(CURVE.read_text()) if CURVE.exists() else {}
+    if os.environ.get("TENFOLD_STORE_CURVE") == "1":
+        CURVE.write_text(json.dumps(stored | {family: found}, indent=1) + "\n")
     else:
-        train(config, resume=True)
-        assert read_metrics(config.out / METRICS).steps[-1].step == read_metrics(whole[0].out / METRICS).steps[-1].step
+        assert found == stored[family]
