@@ -125,6 +125,8 @@ def test_an_unfinished_one_is_not_there(tmp_path: Path, model: Qwen3Next, opened
     if written != "nothing":
         (unfinished / written).write_bytes(b"x")
     assert choose_checkpoint(tmp_path, None).name == "step-00000001"
+    save(tmp_path, model, opened, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 
 
 # ---- damaged -----------------------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ DEATHS = (  # moment, step that is being saved, steps that are saved then
     ("the optimizer is half written", 4, [2]),
     ("all is written", 6, [4]),
     ("the one before is still there", 8, [6, 8]),
-    ("the one before is half removed", 10, [10]),
+    ("the one before is half removed", 10, [8, 10]),
 )
 
 
@@ -222,8 +222,7 @@ def test_killed_again_and_again_while_saving(
         options = ("--resume",) if number else ()
         done = end_of(start(config, *options, program=("-c", DYING, moment, f"step-{step:08d}")))
         assert done.code == -signal.SIGKILL, (moment, done)
-        whole_ones = {int(path.name[5:]) for path in checkpoints(config.out / CHECKPOINTS)}
-        assert whole_ones - {8} == set(saved) - {8}, moment
+        assert [int(path.name[5:]) for path in checkpoints(config.out / CHECKPOINTS)] == saved, moment
         load_checkpoint(checkpoints(config.out / CHECKPOINTS)[-1])
     assert end_of(start(config, "--resume")).code == 0
     assert_same_end(config, whole[0])

@@ -67,7 +67,8 @@ def save_checkpoint(
         ) from error
     _flush(root)
     kept = [path for path in checkpoints(root) if path <= final][-keep:]
-    for old in set(checkpoints(root)) - set(kept):
+    for old in sorted({*root.glob("step-*"), *root.glob(".step-*.partial")} - set(kept)):
+        (old / STATE).unlink(missing_ok=True)  # first, for it is what makes one whole
         shutil.rmtree(old)
     return final
 

@@ -1,0 +1,31 @@
+"""What peak memory promises: it sees what was held, even if only for a moment, and forgets what was before."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from tenfold.train import memory
+from tenfold.train.memory import peak_memory_gb, reset_peak_memory
+
+BYTES = 200_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can begin anew")
+def test_a_moment_is_remembered_until_the_next_beginning() -> None:
+    reset_peak_memory()
+    before = peak_memory_gb()
+    np.ones(BYTES, np.uint8)  # held no longer than this line
+    peak = peak_memory_gb()
+    assert before + 0.9 * BYTES / 1e9 < peak < before + 1.5 * BYTES / 1e9
+    reset_peak_memory()
+    assert peak_memory_gb() < peak - 0.9 * BYTES / 1e9
+
+
+def test_where_there_is_no_status_file_the_system_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "STATUS", memory.Path("/nowhere"))
+    monkeypatch.setattr(memory, "RESET", memory.Path("/nowhere"))
+    reset_peak_memory()
+    assert 0.05 < peak_memory_gb() < 1000
