@@ -1,4 +1,4 @@
-"""What a model remembers of the tokens it has seen: keys and values where it attends, fixed-size states where it recurs."""
+"""What a model remembers of the tokens it has seen: keys and values where it attends, states where it recurs."""
 
 from __future__ import annotations
 

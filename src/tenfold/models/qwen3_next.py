@@ -1,11 +1,11 @@
 """Qwen3-Next: Gated DeltaNet and gated attention over sparse experts, with multi-token prediction.
 
 Read from the bottom of the model up: norm, the two mixers, the two feed-forwards, a layer, the trunk, the head.
-Parameter names are Hugging Face's; experts are stacked to `[E, ...]`. Source: the model `qwen3_next` of transformers and
-the published configurations of Qwen3-Next-80B-A3B.
+Parameter names are Hugging Face's; experts are stacked to `[E, ...]`. Source: the model `qwen3_next` of transformers
+and the published configurations of Qwen3-Next-80B-A3B.
 
-Shape letters: B batch, T tokens, D hidden, H query/key heads, HV value heads, G key/value heads of attention, K head dim
-(key dim), V value dim, E experts, F expert width.
+Shape letters: B batch, T tokens, D hidden, H query/key heads, HV value heads, G key/value heads of attention, K head
+dim (key dim), V value dim, E experts, F expert width.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class GatedDeltaNet(nn.Module):
         return self.out_proj(self.norm(o, z).flatten(-2))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The conv's input `[B, T, C]`, z `[B, T, HV, V]`, b and a `[B, T, HV]`, out of their interleaving by key head."""
+        """The conv's input `[B, T, C]`, z `[B, T, HV, V]`, b and a `[B, T, HV]`, no longer interleaved by key head."""
         shared = self.value_heads // self.key_heads
         values = shared * self.value_dim
         qkvz = self.in_proj_qkvz(x).unflatten(-1, (self.key_heads, -1))
@@ -345,7 +345,7 @@ class MultiTokenPrediction(nn.Module):
 
 
 class Qwen3Next(nn.Module):
-    """The language model. `model(input_ids)` gives logits; the trainer takes hidden states and makes the loss itself."""
+    """The language model. `model(input_ids)` gives logits; the trainer takes hidden states and makes its own loss."""
 
     def __init__(self, config: Qwen3NextConfig) -> None:
         super().__init__()

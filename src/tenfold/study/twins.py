@@ -37,7 +37,7 @@ from tenfold.study.report import (
 )
 from tenfold.train.data import Corpus, validation_batches
 from tenfold.train.metrics import METRICS, Metrics, read_metrics
-from tenfold.train.objective import router_counts
+from tenfold.train.objective import ObjectiveConfig, router_counts
 from tenfold.train.optim import OptimConfig, Optimizer
 from tenfold.train.parallel import Ranks
 from tenfold.train.recipe import (
@@ -52,6 +52,7 @@ from tenfold.train.recipe import (
     open_corpus,
     resolve,
 )
+from tenfold.train.sources import WIKITEXT
 from tenfold.train.trainer import DTYPES, Write, train
 
 PROMPTS = (" = History of the city = \n\n The city", " The film was released in")
@@ -62,6 +63,7 @@ class DemoConfig:
     """What the demo trains on this machine."""
 
     out: Path = Path("runs/demo")  # folder of the report, and of a folder for each arm
+    corpus: Path = Path(WIKITEXT)  # folder of `tenfold data build` with 4,096 tokens at most, or wikitext-2
     seed: int = 0  # of weights and data; FLOPs to equal loss are the same for the same seed
     scale: float = 1.0  # of every arm's tokens; below 1 for a quick look
     precision: Precision = "auto"  # of products; auto is bfloat16 where this device is faster in it
@@ -101,19 +103,19 @@ def run_demo(config: DemoConfig, write: Write, console: Console | None = None) -
 
 # ---- the arms ----------------------------------------------------------------------------------------------
 
-VOCABULARY = 4096
+VOCABULARY, LENGTH = 4096, 512
 DENSE_OLD = Qwen3Config(
     vocab_size=VOCABULARY,
-    hidden_size=128,
-    intermediate_size=384,
+    hidden_size=96,
+    intermediate_size=288,
     num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
+    num_attention_heads=3,
+    num_key_value_heads=1,
     head_dim=32,
     max_position_embeddings=4096,
     rope_theta=10_000.0,
 )
-DENSE_CONTROL = DENSE_OLD
+DENSE_CONTROL = replace(DENSE_OLD, hidden_size=128, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2)
 HYBRID = Qwen3NextConfig(
     vocab_size=VOCABULARY,
     hidden_size=128,
@@ -123,27 +125,28 @@ HYBRID = Qwen3NextConfig(
     head_dim=32,
     max_position_embeddings=4096,
     rope_theta=10_000.0,
-    linear_num_key_heads=4,
-    linear_num_value_heads=8,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
     linear_key_head_dim=32,
     linear_value_head_dim=32,
-    num_experts=32,
-    num_experts_per_tok=4,
-    moe_intermediate_size=64,
-    shared_expert_intermediate_size=128,
+    num_experts=64,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    shared_expert_intermediate_size=64,
 )
-OLD_RECIPE = OptimConfig(kind="adamw", adam_lr=4e-3, schedule="cosine", final_lr=0.1)
-OUR_RECIPE = OptimConfig()
+BALANCE = 1e-2  # ten times the released coefficient: a short training has to balance its routers at once
 
 
 def demo_arms(config: DemoConfig) -> list[Arm]:
-    """The three arms; a budget is tokens, chosen so that all end near one loss."""
+    """The three arms. Each was given as many trials of learning rates as the others (see docs/log.md)."""
+    old = OptimConfig(kind="adamw", adam_lr=8e-3, schedule="cosine", final_lr=0.1)
+    ours = OptimConfig(muon_lr=0.01, adam_lr=1e-2)
     chosen = [
-        (OLD, "Qwen3, dense, as it was trained", DENSE_OLD, OLD_RECIPE, 2_000_000),
-        (CONTROL, "Qwen3, dense, with Qwen3-Next's recipe", DENSE_CONTROL, OUR_RECIPE, 1_000_000),
-        (NEW, "Qwen3-Next, hybrid and sparse", HYBRID, OUR_RECIPE, 800_000),
+        (OLD, "Qwen3, dense, as it was trained", DENSE_OLD, old, 1_800_000),
+        (CONTROL, "Qwen3, dense, with Qwen3-Next's recipe", DENSE_CONTROL, replace(ours, adam_lr=2e-2), 600_000),
+        (NEW, "Qwen3-Next, hybrid and sparse", HYBRID, ours, 600_000),
     ]
-    base = resolve(TrainConfig(seed=config.seed, precision=config.precision))  # once, so that all arms have the same
+    base = resolve(TrainConfig(seed=config.seed, precision=config.precision))  # once: the same for all arms
     return [
         Arm(name=name, title=title, recipe=_recipe(base, config, name, model, optim, round(tokens * config.scale)))
         for name, title, model, optim, tokens in chosen
@@ -153,7 +156,7 @@ def demo_arms(config: DemoConfig) -> list[Arm]:
 def _recipe(
     base: TrainConfig, config: DemoConfig, name: str, model: Config, optim: OptimConfig, tokens: int
 ) -> TrainConfig:
-    data = DataConfig(sequence_length=256, batch_rows=16)
+    data = DataConfig(corpus=config.corpus, sequence_length=LENGTH, batch_rows=4)
     steps = max(1, tokens // (data.batch_rows * data.sequence_length))
     return replace(
         base,
@@ -161,6 +164,7 @@ def _recipe(
         tokens=max(1, tokens),
         model=model,
         data=data,
+        objective=ObjectiveConfig(balance=BALANCE),
         optim=optim,
         checkpoint=CheckpointConfig(every=max(1, steps // 4), keep=1),
         validation=ValidationConfig(every=max(1, steps // 10), tokens=32_768),
@@ -188,7 +192,7 @@ def make_report(config: DemoConfig, arms: Sequence[Arm]) -> DemoReport:
         matmul_peak_gflops=peak,
         precision=recipe.precision,
         seed=config.seed,
-        corpus="WikiText-2",
+        corpus="WikiText-2" if str(config.corpus) == WIKITEXT else str(config.corpus),
         tokenizer_vocab=corpus.vocab_size,
         sequence_length=data.sequence_length,
         validation_tokens=sum(int((batch.labels >= 0).sum()) for batch in held_out),

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def _damaged(folder: Path, what: str) -> str:
     return f"checkpoint {folder} is damaged: {what}; {advice}"
 
 
-def _seal(values: dict[str, object]) -> str:
+def _seal(values: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
