@@ -17,7 +17,7 @@ from tenfold.study.twins import DemoConfig, demo_arms, run_demo
 from tenfold.train.corpus import CorpusConfig, build_corpus
 
 RATIOS = ("flops_vs_d0", "time_vs_d0", "flops_vs_d2", "time_vs_d2")
-SCALE = 0.02  # 18, 6 and 6 steps
+SCALE = 0.01  # 9, 4 and 3 steps
 
 
 @pytest.fixture(scope="module")

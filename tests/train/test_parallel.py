@@ -73,7 +73,7 @@ def differences(found: Path, expected: Path) -> dict[str, float]:
 
 
 def test_two_processes_are_one(one: TrainConfig, recipe: Make, start: Start, tmp_path: Path) -> None:
-    config = recipe(tmp_path / "run", shared(micro_rows=1))
+    config = recipe(tmp_path / "run", shared(micro_rows=2))  # all that a process gets
     process = start(config, program=TWO, **LOOPBACK)
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
