@@ -139,14 +139,15 @@ BALANCE = 1e-2  # ten times the released coefficient: a short training has to ba
 
 def demo_arms(config: DemoConfig) -> list[Arm]:
     """The three arms. Learning rates are the best of the trials in docs/log.md."""
-    old = OptimConfig(kind="adamw", adam_lr=4e-3, schedule="cosine", final_lr=0.1)
+    old = OptimConfig(kind="adamw", adam_lr=2e-3, schedule="cosine", final_lr=0.1)
     ours = OptimConfig(muon_lr=0.006, adam_lr=0.02)
     chosen = [
         (OLD, "Qwen3, dense, as it was trained", DENSE_OLD, old, 1_800_000),
         (CONTROL, "Qwen3, dense, with Qwen3-Next's recipe", DENSE_CONTROL, ours, 650_000),
         (NEW, "Qwen3-Next, hybrid and sparse", HYBRID, ours, 600_000),
     ]
-    base = resolve(TrainConfig(seed=config.seed, precision=config.precision))  # once: the same for all arms
+    first = TrainConfig(out=config.out / OLD.lower(), seed=config.seed, precision=config.precision)
+    base = resolve(first, resume=True)  # once: the same precision for all arms, today's and those of an earlier start
     return [
         Arm(name=name, title=title, recipe=_recipe(base, config, name, model, optim, round(tokens * config.scale)))
         for name, title, model, optim, tokens in chosen
