@@ -98,9 +98,7 @@ raise SystemExit(cli.main())
 """
 
 
-def test_an_interrupt_of_one_process_saves_and_stops_both(
-    one: TrainConfig, recipe: Make, start: Start, tmp_path: Path
-) -> None:
+def test_an_interrupt_of_one_process_saves_and_stops_both(recipe: Make, start: Start, tmp_path: Path) -> None:
     config = recipe(tmp_path / "run", shared(micro_rows=1))
     (tmp_path / "program.py").write_text(INTERRUPTED)
     process = start(config, program=(*TWO[:-2], str(tmp_path / "program.py")), **LOOPBACK)
@@ -110,9 +108,6 @@ def test_an_interrupt_of_one_process_saves_and_stops_both(
     stopped = read_metrics(path)
     assert [event.message for event in stopped.events] == ["interrupted and saved; go on with --resume"]
     assert stopped.steps[-1].step == 3 and checkpoints(config.out / CHECKPOINTS)[-1].name == "step-00000003"
-    alone = start(recipe(tmp_path / "run", shared(micro_rows=1)), "--resume")  # on half of the machine
-    assert alone.communicate(timeout=PATIENCE)[1] == "" and alone.returncode == 0
-    assert_same_losses(read_metrics(path), read_metrics(one.out / METRICS))
 
 
 SUMS = """
