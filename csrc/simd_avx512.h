@@ -1,0 +1,83 @@
+// AVX-512 with VNNI and BF16: 16 lanes, 32 registers.
+#include <immintrin.h>
+
+namespace tenfold::TENFOLD_ISA {
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
+using F32 = __m512;
+using I32 = __m512i;
+
+TENFOLD_INLINE F32 splat(float x) { return _mm512_set1_ps(x); }
+TENFOLD_INLINE F32 load(const float* p) { return _mm512_loadu_ps(p); }
+TENFOLD_INLINE F32 load(const bf16* p) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+TENFOLD_INLINE F32 load_half(const uint8_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+TENFOLD_INLINE void store(float* p, F32 x) { _mm512_storeu_ps(p, x); }
+TENFOLD_INLINE void store(bf16* p, F32 x) {
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
+}
+TENFOLD_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+TENFOLD_INLINE F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+TENFOLD_INLINE F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+TENFOLD_INLINE F32 round(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT); }
+TENFOLD_INLINE F32 scale_by_power_of_two(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
+TENFOLD_INLINE float sum(F32 x) { return _mm512_reduce_add_ps(x); }
+TENFOLD_INLINE F32 to_float(I32 x) { return _mm512_cvtepi32_ps(x); }
+
+TENFOLD_INLINE I32 load_bits(const void* p) { return _mm512_loadu_si512(p); }
+TENFOLD_INLINE I32 splat_bits(const void* p) { return _mm512_set1_epi32(read<int32_t>(p)); }
+TENFOLD_INLINE I32 low_nibbles(I32 x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+TENFOLD_INLINE I32 high_nibbles(I32 x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
+TENFOLD_INLINE uint32_t largest_magnitude(F32 a, F32 b) {
+  const I32 finite = _mm512_set1_epi32(0x7fffffff);
+  return _mm512_reduce_max_epi32(
+      _mm512_max_epi32(_mm512_and_si512((I32)a, finite), _mm512_and_si512((I32)b, finite)));
+}
+TENFOLD_INLINE void store_int8(int8_t* p, F32 x) {
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+}
+
+// The sum of a group's 32 products weight x input in every lane. Weights must be unsigned for the
+// instruction, so they carry an offset, and the input's bias, -8 times its sum, takes it off again.
+struct NibbleSum {
+  I32 sum;
+  TENFOLD_INLINE void start(int32_t bias) { sum = _mm512_set1_epi32(bias); }
+  TENFOLD_INLINE void add(I32 weights, I32 input) { sum = _mm512_dpbusd_epi32(sum, weights, input); }
+  TENFOLD_INLINE I32 total() const { return sum; }
+};
+struct ByteSum {
+  I32 sum;
+  TENFOLD_INLINE void start(int32_t bias) { sum = _mm512_set1_epi32(bias * 16); }
+  TENFOLD_INLINE void add(I32 weights, I32 input) {
+    sum = _mm512_dpbusd_epi32(sum, _mm512_xor_si512(weights, _mm512_set1_epi8(-128)), input);
+  }
+  TENFOLD_INLINE I32 total() const { return sum; }
+};
+
+TENFOLD_INLINE int32_t nibble_bias(const int8_t* input) {
+  const __m256i eights = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(8),
+                                             _mm256_loadu_si256((const __m256i*)input));
+  const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(eights), _mm256_extracti128_si256(eights, 1));
+  const __m128i pair = _mm_add_epi32(half, _mm_unpackhi_epi64(half, half));
+  return -(_mm_cvtsi128_si32(pair) + _mm_extract_epi32(pair, 1));
+}
+
+// A group of input for bf16 weights, and the product of 2 columns.
+struct Bf16Input {
+  bf16 x[kGroup];
+};
+TENFOLD_INLINE void to_bf16_input(const float* from, Bf16Input& to) {
+  for (int i = 0; i < kGroup; i += kLanes) store(to.x + i, load(from + i));
+}
+TENFOLD_INLINE F32 add_pair(F32 sum, I32 weights, const Bf16Input& input, int line) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)splat_bits(input.x + 2 * line));
+}
+
+}  // namespace
+}  // namespace tenfold::TENFOLD_ISA

@@ -1,0 +1,96 @@
+// Any processor, by the compiler's vector types: 4 lanes, 16 registers. Correct first; no one buys it for its
+// speed.
+
+namespace tenfold::TENFOLD_ISA {
+namespace {
+
+constexpr int kLanes = 4;
+constexpr int kRegisters = 16;
+using F32 = float __attribute__((vector_size(16)));
+using I32 = int32_t __attribute__((vector_size(16)));
+using U32 = uint32_t __attribute__((vector_size(16)));
+using U16 = uint16_t __attribute__((vector_size(8)));
+
+TENFOLD_INLINE I32 splat_int(int32_t x) { return I32{x, x, x, x}; }
+TENFOLD_INLINE F32 splat(float x) { return F32{x, x, x, x}; }
+TENFOLD_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
+TENFOLD_INLINE I32 to_int(F32 x) { return __builtin_convertvector(x, I32); }
+TENFOLD_INLINE F32 max(F32 a, F32 b) { return a > b ? a : b; }  // b where either is NaN
+TENFOLD_INLINE F32 min(F32 a, F32 b) { return a < b ? a : b; }
+TENFOLD_INLINE F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
+// Adding and taking off 1.5 * 2^23 rounds to the nearest, for what is below 2^22.
+TENFOLD_INLINE F32 round(F32 x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }
+TENFOLD_INLINE F32 scale_by_power_of_two(F32 x, F32 n) { return (F32)((I32)x + (to_int(n) << 23)); }
+TENFOLD_INLINE float sum(F32 x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+
+TENFOLD_INLINE F32 load(const float* p) { return read<F32>(p); }
+TENFOLD_INLINE F32 load(const bf16* p) { return (F32)(__builtin_convertvector(read<U16>(p), U32) << 16); }
+// Moves the exponent and the fraction to their places, then multiplies by 2^112 to mend the exponent's bias:
+// this is exact for subnormal halves too. Scales are finite.
+TENFOLD_INLINE F32 load_half(const uint8_t* p) {
+  const U32 bits = __builtin_convertvector(read<U16>(p), U32);
+  const F32 magnitude = (F32)((bits & 0x7fff) << 13) * splat(0x1p112f);
+  return (F32)((U32)magnitude | (bits & 0x8000) << 16);
+}
+TENFOLD_INLINE void store(float* p, F32 x) { memcpy(p, &x, sizeof x); }
+TENFOLD_INLINE void store(bf16* p, F32 x) {
+  const U32 bits = (U32)x;
+  const U32 nearest = bits + ((bits >> 16) & 1) + 0x7fff;
+  const U32 rounded = (x == x ? nearest : U32{} + 0x7fc00000) >> 16;
+  const U16 half = __builtin_convertvector(rounded, U16);
+  memcpy(p, &half, sizeof half);
+}
+
+TENFOLD_INLINE I32 load_bits(const void* p) { return read<I32>(p); }
+TENFOLD_INLINE I32 splat_bits(const void* p) { return splat_int(read<int32_t>(p)); }
+TENFOLD_INLINE I32 low_nibbles(I32 x) { return x & 0x0f0f0f0f; }
+TENFOLD_INLINE I32 high_nibbles(I32 x) { return (x >> 4) & 0x0f0f0f0f; }
+TENFOLD_INLINE uint32_t largest_magnitude(F32 a, F32 b) {
+  uint32_t largest = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    const uint32_t x = ((U32)a)[i] & 0x7fffffff, y = ((U32)b)[i] & 0x7fffffff;
+    largest = x > largest ? x : largest;
+    largest = y > largest ? y : largest;
+  }
+  return largest;
+}
+TENFOLD_INLINE void store_int8(int8_t* p, F32 x) {
+  const I32 whole = to_int(round(x));
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(whole[i]);
+}
+
+// The sum of a group's 32 products weight x input in every lane, byte by byte of the lanes.
+struct ByteSum {
+  I32 sum;
+  TENFOLD_INLINE void start(int32_t) { sum = I32{}; }
+  TENFOLD_INLINE void add(I32 weights, I32 input) {
+    for (int shift = 24; shift >= 0; shift -= 8) {
+      sum += ((I32)((U32)weights << shift) >> 24) * ((I32)((U32)input << shift) >> 24);
+    }
+  }
+  TENFOLD_INLINE I32 total() const { return sum; }
+};
+// Nibbles carry an offset of 8; the input's bias, -8 times its sum, takes it off again.
+struct NibbleSum : ByteSum {
+  TENFOLD_INLINE void start(int32_t bias) { sum = splat_int(bias); }
+};
+
+TENFOLD_INLINE int32_t nibble_bias(const int8_t* input) {
+  int32_t total = 0;
+  for (int i = 0; i < kGroup; ++i) total += input[i];
+  return -8 * total;
+}
+
+// A group of input for bf16 weights, and the product of 2 columns.
+struct Bf16Input {
+  float x[kGroup];
+};
+TENFOLD_INLINE void to_bf16_input(const float* from, Bf16Input& to) { memcpy(to.x, from, sizeof to.x); }
+TENFOLD_INLINE F32 add_pair(F32 sum, I32 weights, const Bf16Input& input, int line) {
+  const F32 even = (F32)((U32)weights << 16);
+  const F32 odd = (F32)((U32)weights & 0xffff0000);
+  return fma(odd, splat(input.x[2 * line + 1]), fma(even, splat(input.x[2 * line]), sum));
+}
+
+}  // namespace
+}  // namespace tenfold::TENFOLD_ISA

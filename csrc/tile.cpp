@@ -1,0 +1,201 @@
+#include "tile.h"
+
+namespace tenfold::TENFOLD_ISA {
+namespace {
+
+constexpr int kVectors = kBlockRows / kLanes;  // that hold a value for each row of a block
+constexpr int kVectorBytes = 4 * kLanes;
+
+// How many of a block's vectors a tile takes at once: as many as leave `registers_each` registers for each of
+// its sums.
+constexpr int tile_vectors(int tokens, int registers_each) {
+  int vectors = kVectors;
+  while (vectors > 1 && vectors * tokens * registers_each > kPanelTokens * 2) vectors /= 2;
+  return vectors;
+}
+
+template <int V, int T>
+using Sums = F32[V][T];
+
+struct QuantizedInput {
+  int8_t x[kGroup];
+  float scale;
+  int32_t bias;
+};
+
+void prepare(const float* from, QuantizedInput& to) {
+  constexpr uint32_t kLargestFinite = 0x7f7fffff;
+  uint32_t magnitude = 0;
+  for (int i = 0; i < kGroup; i += 2 * kLanes) {
+    const uint32_t largest = largest_magnitude(load(from + i), load(from + i + kLanes));
+    magnitude = largest > magnitude ? largest : magnitude;
+  }
+  // A group below 1e-30 counts as zero, since 127 over it would overflow; one that is not finite gives NaN.
+  const float largest = read<float>(&magnitude);
+  const bool finite = magnitude <= kLargestFinite;
+  const float inverse = finite && largest > 1e-30f ? 127.0f / largest : 0.0f;
+  for (int i = 0; i < kGroup; i += kLanes) store_int8(to.x + i, load(from + i) * splat(inverse));
+  to.scale = finite ? (inverse != 0.0f ? largest / 127.0f : 0.0f) : __builtin_nanf("");
+  to.bias = nibble_bias(to.x);
+}
+
+void prepare(const float* from, Bf16Input& to) { to_bf16_input(from, to); }
+
+template <class Sum, int V, int T>
+TENFOLD_INLINE void start(Sum (&sums)[V][T], const QuantizedInput* input) {
+  for (int t = 0; t < T; ++t) {
+    for (int v = 0; v < V; ++v) sums[v][t].start(input[t].bias);
+  }
+}
+
+// Adds columns 4 * quad .. 4 * quad + 3 of the group.
+template <class Sum, int V, int T>
+TENFOLD_INLINE void add_quad(Sum (&sums)[V][T], const I32 (&weights)[V], const QuantizedInput* input,
+                             int quad) {
+  for (int t = 0; t < T; ++t) {
+    const I32 x = splat_bits(input[t].x + 4 * quad);
+    for (int v = 0; v < V; ++v) sums[v][t].add(weights[v], x);
+  }
+}
+
+template <class Sum, int V, int T>
+TENFOLD_INLINE void finish(const Sum (&sums)[V][T], const uint8_t* scales, const QuantizedInput* input,
+                           Sums<V, T>& y) {
+  for (int v = 0; v < V; ++v) {
+    const F32 scale = load_half(scales + 2 * kLanes * v);
+    for (int t = 0; t < T; ++t) {
+      y[v][t] = fma(to_float(sums[v][t].total()), scale * splat(input[t].scale), y[v][t]);
+    }
+  }
+}
+
+template <Format>
+struct Kernel;
+
+template <>
+struct Kernel<Format::int4> {
+  using Input = QuantizedInput;
+  static constexpr int kRegistersEach = 2;
+
+  template <int V, int T>
+  static TENFOLD_INLINE void add_group(const uint8_t* scales, const uint8_t* line, const Input* input,
+                                       Sums<V, T>& y) {
+    NibbleSum sums[V][T];
+    start(sums, input);
+    for (int i = 0; i < lines(Format::int4); ++i, line += kLineBytes) {
+      I32 low[V], high[V];
+      for (int v = 0; v < V; ++v) {
+        const I32 both = load_bits(line + v * kVectorBytes);
+        low[v] = low_nibbles(both), high[v] = high_nibbles(both);
+      }
+      add_quad(sums, low, input, 2 * i);
+      add_quad(sums, high, input, 2 * i + 1);
+    }
+    finish(sums, scales, input, y);
+  }
+};
+
+template <>
+struct Kernel<Format::int8> {
+  using Input = QuantizedInput;
+  static constexpr int kRegistersEach = 2;
+
+  template <int V, int T>
+  static TENFOLD_INLINE void add_group(const uint8_t* scales, const uint8_t* line, const Input* input,
+                                       Sums<V, T>& y) {
+    ByteSum sums[V][T];
+    start(sums, input);
+    for (int i = 0; i < lines(Format::int8); ++i, line += kLineBytes) {
+      I32 weights[V];
+      for (int v = 0; v < V; ++v) weights[v] = load_bits(line + v * kVectorBytes);
+      add_quad(sums, weights, input, i);
+    }
+    finish(sums, scales, input, y);
+  }
+};
+
+template <>
+struct Kernel<Format::bf16> {
+  using Input = Bf16Input;
+  static constexpr int kRegistersEach = 1;
+
+  template <int V, int T>
+  static TENFOLD_INLINE void add_group(const uint8_t*, const uint8_t* line, const Input* input,
+                                       Sums<V, T>& y) {
+    for (int i = 0; i < lines(Format::bf16); ++i, line += kLineBytes) {
+      I32 weights[V];
+      for (int v = 0; v < V; ++v) weights[v] = load_bits(line + v * kVectorBytes);
+      for (int t = 0; t < T; ++t) {
+        for (int v = 0; v < V; ++v) y[v][t] = add_pair(y[v][t], weights[v], input[t], i);
+      }
+    }
+  }
+};
+
+template <Format format, int T>
+void multiply(const uint8_t* block, const uint8_t* panel, int64_t groups, float* out) {
+  using K = Kernel<format>;
+  constexpr int V = tile_vectors(T, K::kRegistersEach);
+  for (int first = 0; first < kVectors; first += V) {
+    Sums<V, T> y = {};
+    const uint8_t* scales = block + 2 * kLanes * first;
+    const uint8_t* line = block + scale_bytes(format) + kVectorBytes * first;
+    const auto* input = reinterpret_cast<const typename K::Input*>(panel);
+    for (int64_t g = 0; g < groups; ++g, input += T) {
+      K::template add_group<V, T>(scales, line, input, y);
+      scales += group_bytes(format), line += group_bytes(format);
+    }
+    for (int v = 0; v < V; ++v) {
+      for (int t = 0; t < T; ++t) store(out + t * kBlockRows + (first + v) * kLanes, y[v][t]);
+    }
+  }
+}
+
+template <Format format, int T = kPanelTokens>
+void multiply_tokens(const uint8_t* block, const uint8_t* panel, int tokens, int64_t groups, float* y) {
+  if constexpr (T > 0) {
+    if (tokens == T) return multiply<format, T>(block, panel, groups, y);
+    multiply_tokens<format, T - 1>(block, panel, tokens, groups, y);
+  }
+}
+
+template <class Input>
+void prepare_row(const float* x, int64_t groups, uint8_t* to, int64_t stride) {
+  for (int64_t g = 0; g < groups; ++g) prepare(x + g * kGroup, *reinterpret_cast<Input*>(to + g * stride));
+}
+
+template <class Input>
+void prepare_row(const bf16* x, int64_t groups, uint8_t* to, int64_t stride) {
+  for (int64_t g = 0; g < groups; ++g) {
+    float group[kGroup];
+    for (int i = 0; i < kGroup; i += kLanes) store(group + i, load(x + g * kGroup + i));
+    prepare(group, *reinterpret_cast<Input*>(to + g * stride));
+  }
+}
+
+}  // namespace
+
+size_t input_bytes(Format format) {
+  return format == Format::bf16 ? sizeof(Bf16Input) : sizeof(QuantizedInput);
+}
+
+void prepare_input(Format format, const float* x, int64_t groups, uint8_t* to, int64_t stride) noexcept {
+  if (format == Format::bf16) return prepare_row<Bf16Input>(x, groups, to, stride);
+  prepare_row<QuantizedInput>(x, groups, to, stride);
+}
+
+void prepare_input(Format format, const bf16* x, int64_t groups, uint8_t* to, int64_t stride) noexcept {
+  if (format == Format::bf16) return prepare_row<Bf16Input>(x, groups, to, stride);
+  prepare_row<QuantizedInput>(x, groups, to, stride);
+}
+
+void multiply_block(Format format, const uint8_t* block, const uint8_t* panel, int tokens, int64_t groups,
+                    float* y) noexcept {
+  switch (format) {
+    case Format::bf16: return multiply_tokens<Format::bf16>(block, panel, tokens, groups, y);
+    case Format::int8: return multiply_tokens<Format::int8>(block, panel, tokens, groups, y);
+    case Format::int4: return multiply_tokens<Format::int4>(block, panel, tokens, groups, y);
+  }
+}
+
+}  // namespace tenfold::TENFOLD_ISA

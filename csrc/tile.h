@@ -1,0 +1,44 @@
+// Register tiles: a block of 32 packed rows times a panel of a few tokens. What the products and the experts
+// are made of.
+//
+// A token's input is prepared once per format: int8 in groups of 32 with an fp32 scale for quantized weights,
+// the instruction set's own form for bf16. A panel interleaves the inputs of its tokens group by group, [K /
+// 32][tokens], so that a tile reads one stream. An output is one sum over the groups in rising order,
+// whatever the panel: that is why a token's result has the same bits alone and among others.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace tenfold::TENFOLD_ISA {
+
+// With its sums of integers and of floats a tile of this size just fits the registers.
+constexpr int kPanelTokens = kRegisters == 32 ? 14 : 6;
+
+size_t input_bytes(Format format);  // of one group of one token
+
+// Prepares one token's K values; group g goes to `to + g * stride`.
+void prepare_input(Format format, const float* x, int64_t groups, uint8_t* to, int64_t stride) noexcept;
+void prepare_input(Format format, const bf16* x, int64_t groups, uint8_t* to, int64_t stride) noexcept;
+
+// y[t * 32 + r] = row r of the block times token t of the panel.
+void multiply_block(Format format, const uint8_t* block, const uint8_t* panel, int tokens, int64_t groups,
+                    float* y) noexcept;
+
+// Tokens cut into the fewest panels, of nearly equal size.
+class Panels {
+ public:
+  explicit Panels(int64_t tokens)
+      : count_((tokens + kPanelTokens - 1) / kPanelTokens),
+        size_(count_ ? tokens / count_ : 0),
+        larger_(count_ ? tokens % count_ : 0) {}
+
+  int64_t count() const { return count_; }
+  int64_t first(int64_t panel) const { return panel * size_ + (panel < larger_ ? panel : larger_); }
+  int tokens(int64_t panel) const { return static_cast<int>(size_ + (panel < larger_)); }
+
+ private:
+  int64_t count_, size_, larger_;
+};
+
+}  // namespace tenfold::TENFOLD_ISA

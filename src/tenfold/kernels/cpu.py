@@ -1,0 +1,111 @@
+"""The compiled kernels for processors: the typed face of `_native`.
+
+Shape letters: T tokens, D hidden, E experts, F expert width, N and K the rows and columns of a weight.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from tenfold.kernels._native import PackedLinear
+
+FORMATS = ("bf16", "int8", "int4")
+
+
+@functools.cache
+def _load() -> Any:
+    """The compiled module; None, with one warning, where it was not built or does not load.
+
+    Raises ValueError where TENFOLD_ISA names an instruction set that this processor can't run.
+    """
+    try:
+        from tenfold.kernels import _native
+    except ImportError as error:
+        warnings.warn(f"the native kernels are not available, torch runs instead: {error}", stacklevel=3)
+        return None
+    if forced := os.environ.get("TENFOLD_ISA"):
+        _native.use_isa(forced)
+    return _native
+
+
+def available() -> bool:
+    """Whether the native kernels can be used; where not, the first question warns."""
+    return _load() is not None
+
+
+def _native() -> Any:
+    module = _load()
+    if module is None:
+        raise RuntimeError("the native kernels are not available: ask available() first")
+    return module
+
+
+def isa() -> str:
+    """The instruction set in use: `baseline`, `avx2` or `avx512`; the variable TENFOLD_ISA forces one."""
+    return _native().isa()
+
+
+def isas() -> list[str]:
+    """Those that this processor can run, the narrowest first."""
+    return _native().isas()
+
+
+def use_isa(name: str) -> None:
+    """Changes the instruction set, for tests and comparisons. Packed weights serve all of them."""
+    _native().use_isa(name)
+
+
+def threads() -> int:
+    return _native().threads()
+
+
+def set_threads(count: int) -> None:
+    """How many threads a kernel uses; the calling one is among them."""
+    _native().set_threads(count)
+
+
+def memory_read_gb_s(megabytes: int = 512) -> float:
+    """How fast the threads read memory: what bounds decoding."""
+    return _native().memory_read_gb_s(megabytes)
+
+
+def pack_linear(weight: Tensor, format: str, importance: Tensor | None = None) -> PackedLinear:
+    """Packs a weight `[N, K]`, fp32 or bf16, K a multiple of 32, as `bf16`, `int8` or `int4`.
+
+    importance: fp32 `[K]`, what a squared error in a column costs (int4 alone makes use of it).
+    """
+    return _native().PackedLinear.pack(weight.detach(), format, importance)
+
+
+def packed_linear(packed: Tensor, format: str, rows: int, cols: int) -> PackedLinear:
+    """A weight in packed form already, uint8, as from a memory-mapped file: nothing is copied."""
+    return _native().PackedLinear(packed, format, rows, cols)
+
+
+def unpack(weight: PackedLinear) -> Tensor:
+    """The values that a packed weight stands for, fp32 `[N, K]`."""
+    out = torch.empty(weight.shape)
+    weight.unpack(out)
+    return out
+
+
+def linear(
+    x: Tensor, weights: Sequence[PackedLinear], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
+    """`x @ w.T` for several weights at once: x `[T, K]`, fp32 or bf16; `[T, N]` of this dtype for each.
+
+    A row of a result depends on its own row of x alone, to the last bit, whatever T and the threads are.
+    """
+    outs = tuple(torch.empty(x.shape[0], weight.shape[0], dtype=dtype) for weight in weights)
+    _native().linear(x.detach(), list(weights), list(outs))
+    return outs
