@@ -44,6 +44,36 @@ void linear(const Input& x, const std::vector<const PackedLinear*>& weights,
   kernels().product(product);
 }
 
+void check_choice(const int32_t* chosen, int64_t choices, int64_t experts) {
+  for (int64_t i = 0; i < choices; ++i) {
+    if (chosen[i] < 0 || chosen[i] >= experts) {
+      refuse("expert_layer: there are %lld experts, got number %d", static_cast<long long>(experts),
+             chosen[i]);
+    }
+  }
+}
+
+void expert_layer(const Input& x, const PackedExperts& experts, const Input& chosen, const Input& weights,
+                  const Output& out) {
+  const Rows input = matrix(x, "x"), output = matrix(out, "out");
+  require(input.cols == experts.hidden(),
+          "expert_layer: x must have as many columns as the experts' hidden size");
+  require(output.rows == input.rows && output.cols == input.cols,
+          "expert_layer: out must have the shape of x");
+  require(chosen.ndim() == 2, "expert_layer: chosen must be [tokens, choices]");
+  const auto choices = static_cast<int64_t>(chosen.shape(1));
+  const auto* numbers = contiguous<int32_t>(chosen, {input.rows, choices}, "chosen", "int32");
+  const auto* factors = contiguous<float>(weights, {input.rows, choices}, "weights", "float32");
+  require(input.rows * choices < INT32_MAX, "expert_layer: too many tokens for one call");
+  check_choice(numbers, input.rows * choices, experts.count());
+  ExpertLayer layer = {input,           output,  experts.experts(), experts.format(), experts.count(),
+                       experts.width(), numbers, factors,           choices,          threads(),
+                       nullptr};
+  layer.scratch = scratch(kernels().expert_layer_scratch(layer));
+  const nb::gil_scoped_release release;
+  kernels().expert_layer(layer);
+}
+
 // GB/s at which the pool reads memory far larger than its caches: the best of some sweeps.
 double memory_read_gb_s(int64_t megabytes) {
   require(megabytes >= 1 && megabytes <= 1 << 16, "memory_read_gb_s: between 1 and 65536 megabytes");
@@ -59,7 +89,7 @@ double memory_read_gb_s(int64_t megabytes) {
   for (int round = 0; round < 5; ++round) {
     const auto start = std::chrono::steady_clock::now();
     run_tasks(
-        megabytes,
+        megabytes, kMostThreads,
         [](const void* context, int64_t task, int) noexcept {
           auto* s = static_cast<Sweep*>(const_cast<void*>(context));
           s->folded ^= kernels().read_memory(s->from + (task << 20), size_t{1} << 20);
@@ -72,7 +102,8 @@ double memory_read_gb_s(int64_t megabytes) {
 }
 
 void check_threads(int count) {
-  if (count < 1 || count > 1024) refuse("threads must be between 1 and 1024, got %d", count);
+  if (count < 1 || count > kMostThreads)
+    refuse("threads must be between 1 and %d, got %d", kMostThreads, count);
   set_threads(count);
 }
 
@@ -118,4 +149,21 @@ NB_MODULE(_native, m) {
       .def_prop_ro("shape", [](const PackedLinear& self) { return nb::make_tuple(self.rows(), self.cols()); })
       .def("unpack", &PackedLinear::unpack, nb::arg("out"));
   m.def("linear", &linear, nb::arg("x"), nb::arg("weights"), nb::arg("outs"));
+
+  nb::class_<PackedExperts> packed_experts(m, "PackedExperts");
+  bind_bytes(packed_experts);
+  packed_experts
+      .def(nb::init<std::string_view, int64_t, int64_t, int64_t>(), nb::arg("format"), nb::arg("count"),
+           nb::arg("hidden"), nb::arg("width"))
+      .def(nb::init<Input, std::string_view, int64_t, int64_t, int64_t>(), nb::arg("bytes"),
+           nb::arg("format"), nb::arg("count"), nb::arg("hidden"), nb::arg("width"))
+      .def_prop_ro(
+          "shape",
+          [](const PackedExperts& self) { return nb::make_tuple(self.count(), self.hidden(), self.width()); })
+      .def("pack", &PackedExperts::pack, nb::arg("expert"), nb::arg("gate"), nb::arg("up"), nb::arg("down"),
+           nb::arg("importance") = nb::none(), nb::arg("importance_down") = nb::none())
+      .def("unpack", &PackedExperts::unpack, nb::arg("expert"), nb::arg("gate"), nb::arg("up"),
+           nb::arg("down"));
+  m.def("expert_layer", &expert_layer, nb::arg("x"), nb::arg("experts"), nb::arg("chosen"),
+        nb::arg("weights"), nb::arg("out"));
 }

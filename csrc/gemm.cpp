@@ -12,9 +12,9 @@ int64_t groups(const Product& product) { return product.x.cols / kGroup; }
 size_t group_input_bytes(const Product& product) { return input_bytes(product.weights[0].format); }
 
 template <class T>
-void prepare_panel(const Product& product, const Panels& panels, int64_t panel, uint8_t* inputs) {
+void prepare_panel(const Product& product, const Parts& panels, int64_t panel, uint8_t* inputs) {
   const int64_t bytes = static_cast<int64_t>(group_input_bytes(product));
-  const int64_t first = panels.first(panel), tokens = panels.tokens(panel);
+  const int64_t first = panels.first(panel), tokens = panels.size(panel);
   uint8_t* to = inputs + first * groups(product) * bytes;
   for (int64_t t = 0; t < tokens; ++t) {
     const T* x = static_cast<const T*>(product.x.data) + (first + t) * product.x.stride;
@@ -40,7 +40,7 @@ void store_tile(const float* y, const Rows& out, int64_t token, int tokens, int6
   }
 }
 
-void multiply_rows(const Product& product, const Panels& panels, const uint8_t* inputs, int64_t weight,
+void multiply_rows(const Product& product, const Parts& panels, const uint8_t* inputs, int64_t weight,
                    int64_t block) {
   const PackedMatrix& w = product.weights[weight];
   const Rows& out = product.outputs[weight];
@@ -48,11 +48,12 @@ void multiply_rows(const Product& product, const Panels& panels, const uint8_t* 
   for (int64_t p = 0; p < panels.count(); ++p) {
     alignas(64) float y[kPanelTokens * kBlockRows];
     const int64_t first = panels.first(p);
+    const int tokens = static_cast<int>(panels.size(p));
     const uint8_t* panel =
         inputs + first * groups(product) * static_cast<int64_t>(group_input_bytes(product));
-    multiply_block(w.format, rows, panel, panels.tokens(p), groups(product), y);
+    multiply_block(w.format, rows, panel, tokens, groups(product), y);
     const auto store = out.dtype == DType::f32 ? store_tile<float> : store_tile<bf16>;
-    store(y, out, first, panels.tokens(p), block * kBlockRows);
+    store(y, out, first, tokens, block * kBlockRows);
   }
 }
 
@@ -77,7 +78,7 @@ size_t product_scratch(const Product& product) noexcept {
 
 void product(const Product& product) noexcept {
   auto* inputs = static_cast<uint8_t*>(product.scratch);
-  const Panels panels(product.x.rows);
+  const Parts panels = TENFOLD_ISA::panels(product.x.rows);
   parallel_for(panels.count(), [&](int64_t panel, int) {
     const auto prepare = product.x.dtype == DType::f32 ? prepare_panel<float> : prepare_panel<bf16>;
     prepare(product, panels, panel, inputs);

@@ -60,16 +60,18 @@ struct ExpertLayer {
   const int32_t* chosen;
   const float* weights;
   int64_t choices;
+  int threads;  // that scratch has room for
   void* scratch;
 };
 
-// A weight [N, K] on its way into (or out of) the packed layout. `importance` is null or [K]: how much an
-// error in a column matters. `packed` is written by `pack` and read by `unpack`; `pack` says false where a
-// weight is not finite or too large for an fp16 scale.
+// A weight [N, K] on its way into or out of the packed layout, its blocks `block_stride` bytes apart.
+// `importance` is null or [K]: what a squared error in a column costs. `pack` says false where a weight is
+// not finite or too large for the format.
 struct Packing {
   Rows weight;
   const float* importance;
   uint8_t* packed;
+  int64_t block_stride;
   Format format;
 };
 

@@ -1,9 +1,11 @@
 // Packed weights as Python holds them.
 #pragma once
 
+#include <array>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "arrays.h"
 #include "memory.h"
@@ -51,6 +53,34 @@ class PackedLinear {
   Format format_;
   int64_t rows_, cols_;
   PackedBytes bytes_;
+};
+
+// The experts of a layer, for `expert_layer`, one after another.
+class PackedExperts {
+ public:
+  PackedExperts(std::string_view format, int64_t count, int64_t hidden, int64_t width);
+  PackedExperts(Input bytes, std::string_view format, int64_t count, int64_t hidden, int64_t width);
+
+  // `importance`: of the columns of gate and up, and of down's.
+  void pack(int64_t expert, const Input& gate, const Input& up, const Input& down,
+            const std::optional<Input>& importance, const std::optional<Input>& importance_down);
+  void unpack(int64_t expert, const Output& gate, const Output& up, const Output& down) const;
+
+  const uint8_t* const* experts() const { return experts_.data(); }
+  Format format() const { return format_; }
+  int64_t count() const { return count_; }
+  int64_t hidden() const { return hidden_; }
+  int64_t width() const { return width_; }
+  const PackedBytes& bytes() const { return bytes_; }
+
+ private:
+  void point_at_experts();
+  std::array<Packing, 3> packings(int64_t expert, const Rows& gate, const Rows& up, const Rows& down) const;
+
+  Format format_;
+  int64_t count_, hidden_, width_;
+  PackedBytes bytes_;
+  std::vector<const uint8_t*> experts_;
 };
 
 }  // namespace tenfold

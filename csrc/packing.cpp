@@ -178,7 +178,7 @@ bool pack_group(const Packing& packing, int64_t row, int64_t col, uint8_t* group
 }
 
 bool pack_block(const Packing& packing, int64_t block) {
-  uint8_t* group = packing.packed + block * block_bytes(packing.format, packing.weight.cols);
+  uint8_t* group = packing.packed + block * packing.block_stride;
   bool finite = true;
   for (int64_t col = 0; col < packing.weight.cols; col += kGroup, group += group_bytes(packing.format)) {
     for (int64_t row = block * kBlockRows; row < (block + 1) * kBlockRows; ++row) {
@@ -195,7 +195,7 @@ float weight_at(Format format, const uint8_t* group, int row, int i) {
 
 void unpack_row(const Packing& packing, int64_t row) {
   const int64_t block = row / kBlockRows;
-  const uint8_t* group = packing.packed + block * block_bytes(packing.format, packing.weight.cols);
+  const uint8_t* group = packing.packed + block * packing.block_stride;
   float* to = static_cast<float*>(packing.weight.data) + row * packing.weight.stride;
   for (int64_t col = 0; col < packing.weight.cols; col += kGroup, group += group_bytes(packing.format)) {
     for (int i = 0; i < kGroup; ++i) {

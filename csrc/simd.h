@@ -62,9 +62,9 @@ TENFOLD_INLINE F32 silu(F32 x) { return x * sigmoid(x); }
 
 // run(task, thread) for tasks 0 .. tasks - 1, on the pool.
 template <class F>
-void parallel_for(int64_t tasks, const F& run) {
+void parallel_for(int64_t tasks, const F& run, int most_threads = kMostThreads) {
   run_tasks(
-      tasks,
+      tasks, most_threads,
       [](const void* context, int64_t task, int thread) noexcept {
         (*static_cast<const F*>(context))(task, thread);
       },

@@ -41,9 +41,9 @@ class Pool {
     threads_.store(count, std::memory_order_relaxed);
   }
 
-  void run(int64_t tasks, Task task, const void* context) {
+  void run(int64_t tasks, int most_threads, Task task, const void* context) {
     const std::lock_guard lock(callers);
-    const int helpers = static_cast<int>(std::min<int64_t>(threads(), tasks)) - 1;
+    const int helpers = static_cast<int>(std::min<int64_t>(std::min(threads(), most_threads), tasks)) - 1;
     task_ = task, context_ = context, tasks_ = tasks, helpers_ = helpers;
     next_.store(0, std::memory_order_relaxed);
     if (helpers > 0) open(helpers);
@@ -121,7 +121,9 @@ Pool*& pool() {
 
 }  // namespace
 
-void run_tasks(int64_t tasks, Task task, const void* context) noexcept { pool()->run(tasks, task, context); }
+void run_tasks(int64_t tasks, int most_threads, Task task, const void* context) noexcept {
+  pool()->run(tasks, most_threads, task, context);
+}
 
 int threads() noexcept { return pool()->threads(); }
 

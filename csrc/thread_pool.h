@@ -11,10 +11,13 @@ namespace tenfold {
 
 using Task = void (*)(const void* context, int64_t task, int thread) noexcept;
 
-// Runs tasks 0 .. tasks - 1, each once, on threads numbered from 0, and returns when all are done.
-void run_tasks(int64_t tasks, Task task, const void* context) noexcept;
+constexpr int kMostThreads = 1024;
+
+// Runs tasks 0 .. tasks - 1, each once, on at most so many threads, numbered from 0, and returns when all are
+// done.
+void run_tasks(int64_t tasks, int most_threads, Task task, const void* context) noexcept;
 
 int threads() noexcept;
-void set_threads(int count);
+void set_threads(int count);  // at most kMostThreads
 
 }  // namespace tenfold

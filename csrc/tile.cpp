@@ -173,6 +173,15 @@ void prepare_row(const bf16* x, int64_t groups, uint8_t* to, int64_t stride) {
   }
 }
 
+template <class Input>
+void gather(const uint8_t* inputs, const int32_t* tokens, int count, int64_t groups, uint8_t* panel) {
+  auto* to = reinterpret_cast<Input*>(panel);
+  for (int t = 0; t < count; ++t) {
+    const Input* from = reinterpret_cast<const Input*>(inputs) + tokens[t] * groups;
+    for (int64_t g = 0; g < groups; ++g) to[g * count + t] = from[g];
+  }
+}
+
 }  // namespace
 
 size_t input_bytes(Format format) {
@@ -187,6 +196,12 @@ void prepare_input(Format format, const float* x, int64_t groups, uint8_t* to, i
 void prepare_input(Format format, const bf16* x, int64_t groups, uint8_t* to, int64_t stride) noexcept {
   if (format == Format::bf16) return prepare_row<Bf16Input>(x, groups, to, stride);
   prepare_row<QuantizedInput>(x, groups, to, stride);
+}
+
+void gather_panel(Format format, const uint8_t* inputs, const int32_t* tokens, int count, int64_t groups,
+                  uint8_t* panel) noexcept {
+  if (format == Format::bf16) return gather<Bf16Input>(inputs, tokens, count, groups, panel);
+  gather<QuantizedInput>(inputs, tokens, count, groups, panel);
 }
 
 void multiply_block(Format format, const uint8_t* block, const uint8_t* panel, int tokens, int64_t groups,

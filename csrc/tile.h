@@ -25,20 +25,26 @@ void prepare_input(Format format, const bf16* x, int64_t groups, uint8_t* to, in
 void multiply_block(Format format, const uint8_t* block, const uint8_t* panel, int tokens, int64_t groups,
                     float* y) noexcept;
 
-// Tokens cut into the fewest panels, of nearly equal size.
-class Panels {
+// panel = the inputs of these tokens, taken from `inputs` [T, K / 32].
+void gather_panel(Format format, const uint8_t* inputs, const int32_t* tokens, int count, int64_t groups,
+                  uint8_t* panel) noexcept;
+
+// `total` things cut into the fewest parts of at most `largest`, all of nearly the same size.
+class Parts {
  public:
-  explicit Panels(int64_t tokens)
-      : count_((tokens + kPanelTokens - 1) / kPanelTokens),
-        size_(count_ ? tokens / count_ : 0),
-        larger_(count_ ? tokens % count_ : 0) {}
+  Parts(int64_t total, int64_t largest)
+      : count_((total + largest - 1) / largest),
+        size_(count_ ? total / count_ : 0),
+        longer_(count_ ? total % count_ : 0) {}
 
   int64_t count() const { return count_; }
-  int64_t first(int64_t panel) const { return panel * size_ + (panel < larger_ ? panel : larger_); }
-  int tokens(int64_t panel) const { return static_cast<int>(size_ + (panel < larger_)); }
+  int64_t first(int64_t part) const { return part * size_ + (part < longer_ ? part : longer_); }
+  int64_t size(int64_t part) const { return size_ + (part < longer_); }
 
  private:
-  int64_t count_, size_, larger_;
+  int64_t count_, size_, longer_;
 };
+
+inline Parts panels(int64_t tokens) { return Parts(tokens, kPanelTokens); }
 
 }  // namespace tenfold::TENFOLD_ISA

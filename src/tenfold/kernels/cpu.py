@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from tenfold.kernels._native import PackedLinear
+    from tenfold.kernels._native import PackedExperts, PackedLinear
 
 FORMATS = ("bf16", "int8", "int4")
 
@@ -109,3 +109,51 @@ def linear(
     outs = tuple(torch.empty(x.shape[0], weight.shape[0], dtype=dtype) for weight in weights)
     _native().linear(x.detach(), list(weights), list(outs))
     return outs
+
+
+def pack_experts(gate_up: Tensor, down: Tensor, format: str) -> PackedExperts:
+    """Packs a layer's experts: gate_up `[E, 2F, D]`, gate rows first, down `[E, D, F]`; multiples of 32.
+
+    To pack one expert at a time, make `empty_experts` and call its `pack(expert, gate, up, down)`.
+    """
+    experts = empty_experts(format, gate_up.shape[0], gate_up.shape[2], down.shape[2])
+    for e in range(len(gate_up)):
+        gate, up = gate_up[e].detach().chunk(2)
+        experts.pack(e, gate, up, down[e].detach())
+    return experts
+
+
+def empty_experts(format: str, count: int, hidden: int, width: int) -> PackedExperts:
+    """Room for experts, all weights zero."""
+    return _native().PackedExperts(format, count, hidden, width)
+
+
+def packed_experts(packed: Tensor, format: str, count: int, hidden: int, width: int) -> PackedExperts:
+    """Experts in packed form already, uint8, as from a memory-mapped file: nothing is copied."""
+    return _native().PackedExperts(packed, format, count, hidden, width)
+
+
+def unpack_expert(experts: PackedExperts, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The values of one expert, fp32: gate and up `[F, D]`, down `[D, F]`."""
+    _, hidden, width = experts.shape
+    gate, up, down = torch.empty(width, hidden), torch.empty(width, hidden), torch.empty(hidden, width)
+    experts.unpack(expert, gate, up, down)
+    return gate, up, down
+
+
+def expert_layer(
+    x: Tensor,
+    experts: PackedExperts,
+    chosen: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`sum_j weights[t, j] * down swiglu(gate x[t], up x[t])` over the experts `chosen[t, j]`; `[T, D]`.
+
+    x `[T, D]`, fp32 or bf16; chosen `[T, k]`, integers; weights fp32 `[T, k]`. A shared expert is one more of
+    the experts, which every token chooses. The sum runs in the order of rising expert, so that a row of the
+    result depends on its own row of x and of the choice alone, to the last bit.
+    """
+    out = torch.empty(x.shape, dtype=dtype)
+    _native().expert_layer(x.detach(), experts, chosen.to(torch.int32), weights.detach(), out)
+    return out
