@@ -13,7 +13,7 @@ if not cpu.available():
     pytest.skip("the native kernels are not built", allow_module_level=True)
 
 # Relative error (Frobenius) of rounding normal weights: bf16 2^-9 at most; int8 and int4 a step of 1/127 and
-# 1/8 of the largest of 32, about 2.3 standard deviations, over sqrt(12); the search for the scale takes off a tenth.
+# 1/8 of the largest of 32, about 2.3 standard deviations, over sqrt(12); the search takes off a tenth.
 ROUNDING = {"bf16": 0.002, "int8": 0.006, "int4": 0.085}
 BITS = {"bf16": 16, "int8": 8.5, "int4": 4.5}
 
