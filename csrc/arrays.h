@@ -65,7 +65,8 @@ T* contiguous(const Array& array, std::initializer_list<int64_t> shape, const ch
   int64_t step = 1;
   for (size_t i = shape.size(); right && i-- > 0;) {
     const int64_t size = shape.begin()[i];
-    right = static_cast<int64_t>(array.shape(i)) == size && (size == 1 || array.size() == 0 || array.stride(i) == step);
+    right = static_cast<int64_t>(array.shape(i)) == size &&
+            (size == 1 || array.size() == 0 || array.stride(i) == step);
     step *= size;
   }
   for (const int64_t size : shape) expected += (expected.size() > 1 ? ", " : "") + std::to_string(size);

@@ -89,16 +89,21 @@ TENFOLD_INLINE int32_t nibble_bias(const int8_t* input) {
   return _mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), pair));
 }
 
-// A group of input for bf16 weights, and the product of 2 columns.
+// A group of input for bf16 weights. A line of weights is 2 columns, one after the other.
+constexpr int kLineSteps = 2;
+using StepWeights = F32;
 struct Bf16Input {
   float x[kGroup];
 };
 TENFOLD_INLINE void to_bf16_input(const float* from, Bf16Input& to) { memcpy(to.x, from, sizeof to.x); }
-TENFOLD_INLINE F32 add_pair(F32 sum, I32 weights, const Bf16Input& input, int line) {
-  const F32 even = (F32)_mm256_slli_epi32(weights, 16);
-  const F32 odd = (F32)_mm256_and_si256(weights, _mm256_set1_epi32(static_cast<int>(0xffff0000)));
-  return fma(odd, splat(input.x[2 * line + 1]), fma(even, splat(input.x[2 * line]), sum));
+TENFOLD_INLINE StepWeights step_weights(I32 line, int step) {
+  return (F32)(step == 0 ? _mm256_slli_epi32(line, 16)
+                         : _mm256_and_si256(line, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
 }
+TENFOLD_INLINE F32 step_input(const Bf16Input& input, int line, int step) {
+  return splat(input.x[2 * line + step]);
+}
+TENFOLD_INLINE F32 add_product(F32 weights, F32 input, F32 sum) { return fma(weights, input, sum); }
 
 }  // namespace
 }  // namespace tenfold::TENFOLD_ISA

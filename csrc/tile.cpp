@@ -123,10 +123,13 @@ struct Kernel<Format::bf16> {
   static TENFOLD_INLINE void add_group(const uint8_t*, const uint8_t* line, const Input* input,
                                        Sums<V, T>& y) {
     for (int i = 0; i < lines(Format::bf16); ++i, line += kLineBytes) {
-      I32 weights[V];
-      for (int v = 0; v < V; ++v) weights[v] = load_bits(line + v * kVectorBytes);
-      for (int t = 0; t < T; ++t) {
-        for (int v = 0; v < V; ++v) y[v][t] = add_pair(y[v][t], weights[v], input[t], i);
+      for (int step = 0; step < kLineSteps; ++step) {
+        StepWeights weights[V];
+        for (int v = 0; v < V; ++v) weights[v] = step_weights(load_bits(line + v * kVectorBytes), step);
+        for (int t = 0; t < T; ++t) {
+          const auto x = step_input(input[t], i, step);
+          for (int v = 0; v < V; ++v) y[v][t] = add_product(weights[v], x, y[v][t]);
+        }
       }
     }
   }

@@ -12,8 +12,8 @@
 
 namespace tenfold::TENFOLD_ISA {
 
-// With its sums of integers and of floats a tile of this size just fits the registers.
-constexpr int kPanelTokens = kRegisters == 32 ? 14 : 6;
+// A tile of this size keeps its sums of integers and of floats in registers, with room for weights and input.
+constexpr int kPanelTokens = kRegisters == 32 ? 12 : 6;
 
 size_t input_bytes(Format format);  // of one group of one token
 
