@@ -2,9 +2,9 @@
 
     python benchmarks/products.py --threads 2 --formats int4 int8 --tokens 1 512
 
-Shapes are those of Qwen3-Next-80B-A3B. Few tokens are bound by memory: their share is of the read speed measured
-in the same run. Results are compared with float64 before anything is timed. The cases take turns, so that a
-neighbour's load falls on all of them; with one thread the time is the thread's own.
+Shapes are those of Qwen3-Next-80B-A3B. Few tokens are bound by memory: their share is of the read speed that
+the same run measures. Results are compared with float64 before anything is timed. The cases take turns, so
+that a neighbour's load falls on all of them; with one thread the time is the thread's own.
 """
 
 from __future__ import annotations

@@ -14,9 +14,25 @@
 #include "thread_pool.h"
 
 #define TENFOLD_INLINE inline __attribute__((always_inline))
+#define TENFOLD_BODY __attribute__((always_inline))  // of a lambda
 
 namespace tenfold::TENFOLD_ISA {
 namespace {
+
+template <int N>
+struct Constant {
+  constexpr operator int() const { return N; }
+};
+
+// body(0), body(1), ... body(N - 1) with constants. A loop would do the same, but the arrays that it indexes
+// are in registers only if the compiler unrolls it early enough; gcc does not.
+template <int N, class F>
+TENFOLD_INLINE void unrolled(const F& body) {
+  if constexpr (N > 0) {
+    unrolled<N - 1>(body);
+    body(Constant<N - 1>());
+  }
+}
 
 template <class T>
 T read(const void* from) {

@@ -41,32 +41,40 @@ void prepare(const float* from, QuantizedInput& to) {
 
 void prepare(const float* from, Bf16Input& to) { to_bf16_input(from, to); }
 
+template <int V>
+using Weights = I32[V];
+
+template <int V>
+TENFOLD_INLINE void load_line(const uint8_t* line, Weights<V>& weights) {
+  unrolled<V>([&](auto v) TENFOLD_BODY { weights[v] = load_bits(line + v * kVectorBytes); });
+}
+
 template <class Sum, int V, int T>
 TENFOLD_INLINE void start(Sum (&sums)[V][T], const QuantizedInput* input) {
-  for (int t = 0; t < T; ++t) {
-    for (int v = 0; v < V; ++v) sums[v][t].start(input[t].bias);
-  }
+  unrolled<T>([&](auto t) TENFOLD_BODY {
+    unrolled<V>([&](auto v) TENFOLD_BODY { sums[v][t].start(input[t].bias); });
+  });
 }
 
 // Adds columns 4 * quad .. 4 * quad + 3 of the group.
 template <class Sum, int V, int T>
-TENFOLD_INLINE void add_quad(Sum (&sums)[V][T], const I32 (&weights)[V], const QuantizedInput* input,
+TENFOLD_INLINE void add_quad(Sum (&sums)[V][T], const Weights<V>& weights, const QuantizedInput* input,
                              int quad) {
-  for (int t = 0; t < T; ++t) {
+  unrolled<T>([&](auto t) TENFOLD_BODY {
     const I32 x = splat_bits(input[t].x + 4 * quad);
-    for (int v = 0; v < V; ++v) sums[v][t].add(weights[v], x);
-  }
+    unrolled<V>([&](auto v) TENFOLD_BODY { sums[v][t].add(weights[v], x); });
+  });
 }
 
 template <class Sum, int V, int T>
 TENFOLD_INLINE void finish(const Sum (&sums)[V][T], const uint8_t* scales, const QuantizedInput* input,
                            Sums<V, T>& y) {
-  for (int v = 0; v < V; ++v) {
+  unrolled<V>([&](auto v) TENFOLD_BODY {
     const F32 scale = load_half(scales + 2 * kLanes * v);
-    for (int t = 0; t < T; ++t) {
+    unrolled<T>([&](auto t) TENFOLD_BODY {
       y[v][t] = fma(to_float(sums[v][t].total()), scale * splat(input[t].scale), y[v][t]);
-    }
-  }
+    });
+  });
 }
 
 template <Format>
@@ -82,15 +90,14 @@ struct Kernel<Format::int4> {
                                        Sums<V, T>& y) {
     NibbleSum sums[V][T];
     start(sums, input);
-    for (int i = 0; i < lines(Format::int4); ++i, line += kLineBytes) {
-      I32 low[V], high[V];
-      for (int v = 0; v < V; ++v) {
-        const I32 both = load_bits(line + v * kVectorBytes);
-        low[v] = low_nibbles(both), high[v] = high_nibbles(both);
-      }
+    unrolled<lines(Format::int4)>([&](auto i) TENFOLD_BODY {
+      Weights<V> both, low, high;
+      load_line<V>(line + i * kLineBytes, both);
+      unrolled<V>([&](auto v)
+                      TENFOLD_BODY { low[v] = low_nibbles(both[v]), high[v] = high_nibbles(both[v]); });
       add_quad(sums, low, input, 2 * i);
       add_quad(sums, high, input, 2 * i + 1);
-    }
+    });
     finish(sums, scales, input, y);
   }
 };
@@ -105,11 +112,11 @@ struct Kernel<Format::int8> {
                                        Sums<V, T>& y) {
     ByteSum sums[V][T];
     start(sums, input);
-    for (int i = 0; i < lines(Format::int8); ++i, line += kLineBytes) {
-      I32 weights[V];
-      for (int v = 0; v < V; ++v) weights[v] = load_bits(line + v * kVectorBytes);
+    unrolled<lines(Format::int8)>([&](auto i) TENFOLD_BODY {
+      Weights<V> weights;
+      load_line<V>(line + i * kLineBytes, weights);
       add_quad(sums, weights, input, i);
-    }
+    });
     finish(sums, scales, input, y);
   }
 };
@@ -122,16 +129,18 @@ struct Kernel<Format::bf16> {
   template <int V, int T>
   static TENFOLD_INLINE void add_group(const uint8_t*, const uint8_t* line, const Input* input,
                                        Sums<V, T>& y) {
-    for (int i = 0; i < lines(Format::bf16); ++i, line += kLineBytes) {
-      for (int step = 0; step < kLineSteps; ++step) {
+    unrolled<lines(Format::bf16)>([&](auto i) TENFOLD_BODY {
+      Weights<V> pairs;
+      load_line<V>(line + i * kLineBytes, pairs);
+      unrolled<kLineSteps>([&](auto step) TENFOLD_BODY {
         StepWeights weights[V];
-        for (int v = 0; v < V; ++v) weights[v] = step_weights(load_bits(line + v * kVectorBytes), step);
-        for (int t = 0; t < T; ++t) {
+        unrolled<V>([&](auto v) TENFOLD_BODY { weights[v] = step_weights(pairs[v], step); });
+        unrolled<T>([&](auto t) TENFOLD_BODY {
           const auto x = step_input(input[t], i, step);
-          for (int v = 0; v < V; ++v) y[v][t] = add_product(weights[v], x, y[v][t]);
-        }
-      }
-    }
+          unrolled<V>([&](auto v) TENFOLD_BODY { y[v][t] = add_product(weights[v], x, y[v][t]); });
+        });
+      });
+    });
   }
 };
 
@@ -140,7 +149,8 @@ void multiply(const uint8_t* block, const uint8_t* panel, int64_t groups, float*
   using K = Kernel<format>;
   constexpr int V = tile_vectors(T, K::kRegistersEach);
   for (int first = 0; first < kVectors; first += V) {
-    Sums<V, T> y = {};
+    Sums<V, T> y;
+    unrolled<V>([&](auto v) TENFOLD_BODY { unrolled<T>([&](auto t) TENFOLD_BODY { y[v][t] = splat(0); }); });
     const uint8_t* scales = block + 2 * kLanes * first;
     const uint8_t* line = block + scale_bytes(format) + kVectorBytes * first;
     const auto* input = reinterpret_cast<const typename K::Input*>(panel);
@@ -148,9 +158,9 @@ void multiply(const uint8_t* block, const uint8_t* panel, int64_t groups, float*
       K::template add_group<V, T>(scales, line, input, y);
       scales += group_bytes(format), line += group_bytes(format);
     }
-    for (int v = 0; v < V; ++v) {
-      for (int t = 0; t < T; ++t) store(out + t * kBlockRows + (first + v) * kLanes, y[v][t]);
-    }
+    unrolled<V>([&](auto v) TENFOLD_BODY {
+      unrolled<T>([&](auto t) TENFOLD_BODY { store(out + t * kBlockRows + (first + v) * kLanes, y[v][t]); });
+    });
   }
 }
 

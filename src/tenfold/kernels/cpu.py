@@ -34,7 +34,10 @@ def _load() -> Any:
         warnings.warn(f"the native kernels are not available, torch runs instead: {error}", stacklevel=3)
         return None
     if forced := os.environ.get("TENFOLD_ISA"):
-        _native.use_isa(forced)
+        try:
+            _native.use_isa(forced)
+        except ValueError as error:
+            raise ValueError(f"TENFOLD_ISA: {error}") from None
     return _native
 
 
