@@ -1,31 +1,33 @@
 // Weights into the packed layout of formats.h and back.
 //
-// Written with vectors of the compiler's own, as wide for every instruction set, and without fused
-// operations, so that a model quantized on one machine has the same bytes as on any other.
+// No operations are fused, and `sum` adds lanes in one order whatever their number: a model quantized on one machine
+// has the same bytes as on any other.
 
 #include "simd.h"
 
 namespace tenfold::TENFOLD_ISA {
 namespace {
 
-using Row = float __attribute__((vector_size(64)));  // half a group of one row
-constexpr int kHalf = 16;
+constexpr int kParts = kGroup / kLanes;
 
-float total(const Row& x) {
-  float halves[kHalf];
-  memcpy(halves, &x, sizeof x);
-  for (int width = kHalf / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) halves[i] += halves[i + width];
-  }
-  return halves[0];
+// 32 values: a group of one row.
+struct Row {
+  F32 part[kParts];
+};
+
+template <class F>
+TENFOLD_INLINE Row map(const F& value) {
+  Row row;
+  unrolled<kParts>([&](auto i) TENFOLD_BODY { row.part[i] = value(i); });
+  return row;
 }
 
-// To the nearest integer; adding and taking off 1.5 * 2^23 is exact below 2^22.
-Row round_row(const Row& x) { return (x + 12582912.0f) - 12582912.0f; }
-
-Row clamp_row(const Row& x, float low, float high) {
-  const Row bounded = x < low ? Row{} + low : x;
-  return bounded > high ? Row{} + high : bounded;
+// Halves are added up until one value is left.
+TENFOLD_INLINE float total(Row row) {
+  for (int count = kParts / 2; count > 0; count /= 2) {
+    for (int i = 0; i < count; ++i) row.part[i] = row.part[i] + row.part[i + count];
+  }
+  return sum(row.part[0]);
 }
 
 uint16_t to_half(float x) {
@@ -40,69 +42,69 @@ uint16_t to_bf16(float x) {
   return static_cast<uint16_t>(x == x ? (bits + ((bits >> 16) & 1) + 0x7fff) >> 16 : 0x7fc0);
 }
 
-// One row's group: its values and how much an error in each matters.
-struct Group {
-  Row x[2], importance[2];
-};
+TENFOLD_INLINE F32 nearest_int8(F32 x) { return max(splat(-127), min(splat(127), round(x))); }
 
-float largest(const Group& group) {  // in magnitude, with its sign
-  float best = 0.0f;
-  for (int i = 0; i < kGroup; ++i) {
-    const float x = group.x[i / kHalf][i % kHalf];
-    if (__builtin_fabsf(x) > __builtin_fabsf(best)) best = x;
-  }
-  return best;
+// The nearest number of the grid: its first, and the step to the next for every middle of two that x is beyond.
+TENFOLD_INLINE F32 nearest_int4(F32 x) {
+  F32 nearest = splat(kInt4Grid[0]);
+  unrolled<15>([&](auto i) TENFOLD_BODY {
+    const float low = kInt4Grid[i], high = kInt4Grid[i + 1];
+    nearest = nearest + (x > splat((low + high) * 0.5f) ? splat(high - low) : splat(0));
+  });
+  return nearest;
 }
 
-struct Grid {
-  float low, high;
-};
-constexpr Grid kInt8 = {-127.0f, 127.0f};
-constexpr Grid kInt4 = {-8.0f, 7.0f};
-
-struct Quants {
-  Row q[2];
-};
-
-Quants quantize(const Group& group, float inverse, Grid grid) {
-  Quants quants;
-  for (int h = 0; h < 2; ++h) quants.q[h] = clamp_row(round_row(group.x[h] * inverse), grid.low, grid.high);
-  return quants;
+TENFOLD_INLINE Row quantize(const Row& x, float inverse, Format format) {
+  return map([&](auto i) TENFOLD_BODY {
+    const F32 scaled = x.part[i] * splat(inverse);
+    return format == Format::int8 ? nearest_int8(scaled) : nearest_int4(scaled);
+  });
 }
 
-// The scale of int4: for some scales near the one that maps the largest value to -8, the group is rounded and
-// the scale refitted by least squares; of these the one with the least weighted squared error wins.
-float search_scale(const Group& group, float extreme) {
-  constexpr int kSteps = 9;
+// The scale of int4: for some that bring the largest value near either end of the grid, the group is rounded and the
+// scale refitted by least squares; of these the one with the least weighted squared error wins.
+float search_scale(const Row& x, const Row& importance, float magnitude) {
+  constexpr float kReach[] = {-1.06f, -0.99f, -0.92f, -0.85f, 0.85f, 0.92f, 0.99f, 1.06f};
   float best_scale = 0.0f, best_gain = 0.0f;
-  for (int step = -kSteps; step <= kSteps; ++step) {
-    const Quants quants = quantize(group, -(8.0f + 0.1f * static_cast<float>(step)) / extreme, kInt4);
-    Row xq = {}, qq = {};
-    for (int h = 0; h < 2; ++h) {
-      const Row weighted = group.importance[h] * quants.q[h];
-      xq += weighted * group.x[h], qq += weighted * quants.q[h];
-    }
-    const float product = total(xq), square = total(qq);
-    if (square > 0.0f && product * product > best_gain * square) {
-      best_scale = product / square;
-      best_gain = product * best_scale;
+  for (const float reach : kReach) {
+    const Row q = quantize(x, kInt4Grid[15] * reach / magnitude, Format::int4);
+    const Row weighted = map([&](auto i) TENFOLD_BODY { return importance.part[i] * q.part[i]; });
+    const float xq = total(map([&](auto i) TENFOLD_BODY { return weighted.part[i] * x.part[i]; }));
+    const float qq = total(map([&](auto i) TENFOLD_BODY { return weighted.part[i] * q.part[i]; }));
+    if (qq > 0.0f && xq * xq > best_gain * qq) {
+      best_scale = xq / qq;
+      best_gain = xq * best_scale;
     }
   }
   return best_scale;
 }
 
+float largest(const Row& x) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kParts; i += 2) {
+    const uint32_t magnitude = largest_magnitude(x.part[i], x.part[i + 1]);
+    bits = magnitude > bits ? magnitude : bits;
+  }
+  return read<float>(&bits);
+}
+
 // Quantizes one row's group; returns its scale's bits.
-uint16_t quantize_group(const Group& group, Format format, int8_t (&quants)[kGroup]) {
-  const float extreme = largest(group);
-  const bool tiny = __builtin_fabsf(extreme) < 1e-30f;
-  const float ideal = tiny                     ? 0.0f
-                      : format == Format::int8 ? __builtin_fabsf(extreme) / 127.0f
-                                               : search_scale(group, extreme);
+uint16_t quantize_group(const float (&values)[kGroup], const float* importance, Format format,
+                        int8_t (&quants)[kGroup]) {
+  const Row x = map([&](auto i) TENFOLD_BODY { return load(values + i * kLanes); });
+  const float magnitude = largest(x);
+  float ideal = 0.0f;
+  if (magnitude > 1e-30f && format == Format::int8) {
+    ideal = magnitude / 127.0f;
+  } else if (magnitude > 1e-30f) {
+    const Row costs =
+        map([&](auto i) TENFOLD_BODY { return importance ? load(importance + i * kLanes) : splat(1.0f); });
+    ideal = search_scale(x, costs, magnitude);
+  }
   const uint16_t bits = to_half(ideal);
   const float scale = from_half(bits);
-  const Quants rounded =
-      quantize(group, scale != 0.0f ? 1.0f / scale : 0.0f, format == Format::int8 ? kInt8 : kInt4);
-  for (int i = 0; i < kGroup; ++i) quants[i] = static_cast<int8_t>(rounded.q[i / kHalf][i % kHalf]);
+  const Row rounded = quantize(x, scale != 0.0f ? 1.0f / scale : 0.0f, format);
+  for (int i = 0; i < kParts; ++i) store_int8(quants + i * kLanes, rounded.part[i]);
   return bits;
 }
 
@@ -141,10 +143,19 @@ Place place(Format format, int row, int i) {
           format == Format::int8 ? 0 : quad % 2 * 4};
 }
 
+struct GridPlaces {
+  int8_t of[33] = {};  // number + 16
+  constexpr GridPlaces() {
+    for (int8_t i = 0; i < 16; ++i) of[kInt4Grid[i] + 16] = i;
+  }
+};
+
 void put_quants(const int8_t (&quants)[kGroup], Format format, uint8_t* group, int row) {
+  static constexpr GridPlaces kPlaces;
   for (int i = 0; i < kGroup; ++i) {
     const Place at = place(format, row, i);
-    const int bits = format == Format::int8 ? static_cast<uint8_t>(quants[i]) : (quants[i] + 8) << at.shift;
+    const int bits =
+        format == Format::int8 ? static_cast<uint8_t>(quants[i]) : kPlaces.of[quants[i] + 16] << at.shift;
     group[at.byte] = static_cast<uint8_t>((at.shift ? group[at.byte] : 0) | bits);
   }
 }
@@ -152,7 +163,7 @@ void put_quants(const int8_t (&quants)[kGroup], Format format, uint8_t* group, i
 int take_quant(Format format, const uint8_t* group, int row, int i) {
   const Place at = place(format, row, i);
   return format == Format::int8 ? static_cast<int8_t>(group[at.byte])
-                                : ((group[at.byte] >> at.shift) & 15) - 8;
+                                : kInt4Grid[group[at.byte] >> at.shift & 15];
 }
 
 // Rows that fill up the last block have a scale of 0 (for bf16, values of 0).
@@ -165,13 +176,9 @@ bool pack_group(const Packing& packing, int64_t row, int64_t col, uint8_t* group
     put_bf16(x, group, within);
     return all_finite(x, 3.3895e38f);
   }
-  Group values;
-  float importance[kGroup];
-  for (int i = 0; i < kGroup; ++i) importance[i] = packing.importance ? packing.importance[col + i] : 1.0f;
-  memcpy(values.x, x, sizeof x);
-  memcpy(values.importance, importance, sizeof importance);
   int8_t quants[kGroup];
-  const uint16_t scale = quantize_group(values, packing.format, quants);
+  const float* importance = packing.importance ? packing.importance + col : nullptr;
+  const uint16_t scale = quantize_group(x, importance, packing.format, quants);
   memcpy(group + 2 * within, &scale, sizeof scale);
   put_quants(quants, packing.format, group, within);
   return all_finite(x, 65504.0f);

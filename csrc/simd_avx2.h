@@ -42,8 +42,6 @@ TENFOLD_INLINE F32 to_float(I32 x) { return _mm256_cvtepi32_ps(x); }
 
 TENFOLD_INLINE I32 load_bits(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 TENFOLD_INLINE I32 splat_bits(const void* p) { return _mm256_set1_epi32(read<int32_t>(p)); }
-TENFOLD_INLINE I32 low_nibbles(I32 x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
-TENFOLD_INLINE I32 high_nibbles(I32 x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
 TENFOLD_INLINE uint32_t largest_magnitude(F32 a, F32 b) {
   const I32 finite = _mm256_set1_epi32(0x7fffffff);
   const I32 both = _mm256_max_epi32(_mm256_and_si256((I32)a, finite), _mm256_and_si256((I32)b, finite));
@@ -57,11 +55,17 @@ TENFOLD_INLINE void store_int8(int8_t* p, F32 x) {
   _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
 }
 
-// The sum of a group's 32 products weight x input in every lane. Nibbles, 0 .. 15, times a byte are summed in
-// 16 bits: a lane has two such sums, of columns 0, 1 and 2, 3 modulo 4, of at most 16 * 15 * 127. The bias,
-// -8 times the input's sums, is a pair as well; with it a sum is at most 16 * 8 * 127, and so fits although
+// The sum of a group's 32 products weight x input in every lane. The weights of int4, with an offset of 16 since
+// they must be unsigned, are summed in 16 bits: a lane has two such sums, of columns 0, 1 and 2, 3 modulo 4. The
+// bias, -16 times the input's sums, is a pair as well; with it a sum is at most 16 * 16 * 127, so it fits although
 // it may wrap on the way.
-struct NibbleSum {
+TENFOLD_INLINE I32 low_weights(I32 nibbles) {
+  const __m128i grid = _mm_add_epi8(_mm_loadu_si128((const __m128i*)kInt4Grid), _mm_set1_epi8(16));
+  const I32 places = _mm256_and_si256(nibbles, _mm256_set1_epi8(15));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(grid), places);
+}
+TENFOLD_INLINE I32 high_weights(I32 nibbles) { return low_weights(_mm256_srli_epi16(nibbles, 4)); }
+struct Int4Sum {
   I32 sum;
   TENFOLD_INLINE void start(int32_t bias) { sum = _mm256_set1_epi32(bias); }
   TENFOLD_INLINE void add(I32 weights, I32 input) {
@@ -71,7 +75,7 @@ struct NibbleSum {
 };
 // Two products of bytes just fit 16 bits, if the first is unsigned and at most 128: the weight gives its sign
 // away.
-struct ByteSum {
+struct Int8Sum {
   I32 sum;
   TENFOLD_INLINE void start(int32_t) { sum = _mm256_setzero_si256(); }
   TENFOLD_INLINE void add(I32 weights, I32 input) {
@@ -81,9 +85,9 @@ struct ByteSum {
   TENFOLD_INLINE I32 total() const { return sum; }
 };
 
-TENFOLD_INLINE int32_t nibble_bias(const int8_t* input) {
-  const I32 eights = _mm256_maddubs_epi16(_mm256_set1_epi8(8), load_bits(input));
-  const __m128i half = _mm_add_epi16(_mm256_castsi256_si128(eights), _mm256_extracti128_si256(eights, 1));
+TENFOLD_INLINE int32_t input_bias(const int8_t* input) {
+  const I32 products = _mm256_maddubs_epi16(_mm256_set1_epi8(16), load_bits(input));
+  const __m128i half = _mm_add_epi16(_mm256_castsi256_si128(products), _mm256_extracti128_si256(products, 1));
   const __m128i quarter = _mm_add_epi16(half, _mm_unpackhi_epi64(half, half));
   const __m128i pair = _mm_add_epi16(quarter, _mm_shuffle_epi32(quarter, 1));
   return _mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), pair));

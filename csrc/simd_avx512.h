@@ -32,8 +32,6 @@ TENFOLD_INLINE F32 to_float(I32 x) { return _mm512_cvtepi32_ps(x); }
 
 TENFOLD_INLINE I32 load_bits(const void* p) { return _mm512_loadu_si512(p); }
 TENFOLD_INLINE I32 splat_bits(const void* p) { return _mm512_set1_epi32(read<int32_t>(p)); }
-TENFOLD_INLINE I32 low_nibbles(I32 x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
-TENFOLD_INLINE I32 high_nibbles(I32 x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
 TENFOLD_INLINE uint32_t largest_magnitude(F32 a, F32 b) {
   const I32 finite = _mm512_set1_epi32(0x7fffffff);
   return _mm512_reduce_max_epi32(
@@ -43,27 +41,32 @@ TENFOLD_INLINE void store_int8(int8_t* p, F32 x) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 
-// The sum of a group's 32 products weight x input in every lane. Weights must be unsigned for the
-// instruction, so they carry an offset, and the input's bias, -8 times its sum, takes it off again.
-struct NibbleSum {
+// The sum of a group's 32 products weight x input in every lane. The instruction takes unsigned weights, so they
+// carry an offset, 16 for int4 and 128 for int8, and the input's bias, -16 times its sum, takes it off again.
+TENFOLD_INLINE I32 low_weights(I32 nibbles) {
+  const __m128i grid = _mm_add_epi8(_mm_loadu_si128((const __m128i*)kInt4Grid), _mm_set1_epi8(16));
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(grid), _mm512_and_si512(nibbles, _mm512_set1_epi8(15)));
+}
+TENFOLD_INLINE I32 high_weights(I32 nibbles) { return low_weights(_mm512_srli_epi16(nibbles, 4)); }
+struct Int4Sum {
   I32 sum;
   TENFOLD_INLINE void start(int32_t bias) { sum = _mm512_set1_epi32(bias); }
   TENFOLD_INLINE void add(I32 weights, I32 input) { sum = _mm512_dpbusd_epi32(sum, weights, input); }
   TENFOLD_INLINE I32 total() const { return sum; }
 };
-struct ByteSum {
+struct Int8Sum {
   I32 sum;
-  TENFOLD_INLINE void start(int32_t bias) { sum = _mm512_set1_epi32(bias * 16); }
+  TENFOLD_INLINE void start(int32_t bias) { sum = _mm512_set1_epi32(bias * 8); }
   TENFOLD_INLINE void add(I32 weights, I32 input) {
     sum = _mm512_dpbusd_epi32(sum, _mm512_xor_si512(weights, _mm512_set1_epi8(-128)), input);
   }
   TENFOLD_INLINE I32 total() const { return sum; }
 };
 
-TENFOLD_INLINE int32_t nibble_bias(const int8_t* input) {
-  const __m256i eights = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(8),
-                                             _mm256_loadu_si256((const __m256i*)input));
-  const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(eights), _mm256_extracti128_si256(eights, 1));
+TENFOLD_INLINE int32_t input_bias(const int8_t* input) {
+  const __m256i products = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(16),
+                                               _mm256_loadu_si256((const __m256i*)input));
+  const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(products), _mm256_extracti128_si256(products, 1));
   const __m128i pair = _mm_add_epi32(half, _mm_unpackhi_epi64(half, half));
   return -(_mm_cvtsi128_si32(pair) + _mm_extract_epi32(pair, 1));
 }

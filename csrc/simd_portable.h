@@ -43,8 +43,6 @@ TENFOLD_INLINE void store(bf16* p, F32 x) {
 
 TENFOLD_INLINE I32 load_bits(const void* p) { return read<I32>(p); }
 TENFOLD_INLINE I32 splat_bits(const void* p) { return splat_int(read<int32_t>(p)); }
-TENFOLD_INLINE I32 low_nibbles(I32 x) { return x & 0x0f0f0f0f; }
-TENFOLD_INLINE I32 high_nibbles(I32 x) { return (x >> 4) & 0x0f0f0f0f; }
 TENFOLD_INLINE uint32_t largest_magnitude(F32 a, F32 b) {
   uint32_t largest = 0;
   for (int i = 0; i < kLanes; ++i) {
@@ -60,7 +58,7 @@ TENFOLD_INLINE void store_int8(int8_t* p, F32 x) {
 }
 
 // The sum of a group's 32 products weight x input in every lane, byte by byte of the lanes.
-struct ByteSum {
+struct Int8Sum {
   I32 sum;
   TENFOLD_INLINE void start(int32_t) { sum = I32{}; }
   TENFOLD_INLINE void add(I32 weights, I32 input) {
@@ -70,16 +68,16 @@ struct ByteSum {
   }
   TENFOLD_INLINE I32 total() const { return sum; }
 };
-// Nibbles carry an offset of 8; the input's bias, -8 times its sum, takes it off again.
-struct NibbleSum : ByteSum {
-  TENFOLD_INLINE void start(int32_t bias) { sum = splat_int(bias); }
-};
-
-TENFOLD_INLINE int32_t nibble_bias(const int8_t* input) {
-  int32_t total = 0;
-  for (int i = 0; i < kGroup; ++i) total += input[i];
-  return -8 * total;
+using Int4Sum = Int8Sum;
+TENFOLD_INLINE I32 low_weights(I32 nibbles) {
+  int8_t weights[4 * kLanes];
+  memcpy(weights, &nibbles, sizeof weights);
+  for (int8_t& weight : weights) weight = kInt4Grid[weight & 15];
+  return load_bits(weights);
 }
+TENFOLD_INLINE I32 high_weights(I32 nibbles) { return low_weights(nibbles >> 4); }
+
+TENFOLD_INLINE int32_t input_bias(const int8_t*) { return 0; }  // these weights carry no offset
 
 // A group of input for bf16 weights. A line of weights is 2 columns, one after the other.
 constexpr int kLineSteps = 2;

@@ -36,7 +36,7 @@ void prepare(const float* from, QuantizedInput& to) {
   const float inverse = finite && largest > 1e-30f ? 127.0f / largest : 0.0f;
   for (int i = 0; i < kGroup; i += kLanes) store_int8(to.x + i, load(from + i) * splat(inverse));
   to.scale = finite ? (inverse != 0.0f ? largest / 127.0f : 0.0f) : __builtin_nanf("");
-  to.bias = nibble_bias(to.x);
+  to.bias = input_bias(to.x);
 }
 
 void prepare(const float* from, Bf16Input& to) { to_bf16_input(from, to); }
@@ -88,13 +88,13 @@ struct Kernel<Format::int4> {
   template <int V, int T>
   static TENFOLD_INLINE void add_group(const uint8_t* scales, const uint8_t* line, const Input* input,
                                        Sums<V, T>& y) {
-    NibbleSum sums[V][T];
+    Int4Sum sums[V][T];
     start(sums, input);
     unrolled<lines(Format::int4)>([&](auto i) TENFOLD_BODY {
       Weights<V> both, low, high;
       load_line<V>(line + i * kLineBytes, both);
       unrolled<V>([&](auto v)
-                      TENFOLD_BODY { low[v] = low_nibbles(both[v]), high[v] = high_nibbles(both[v]); });
+                      TENFOLD_BODY { low[v] = low_weights(both[v]), high[v] = high_weights(both[v]); });
       add_quad(sums, low, input, 2 * i);
       add_quad(sums, high, input, 2 * i + 1);
     });
@@ -110,7 +110,7 @@ struct Kernel<Format::int8> {
   template <int V, int T>
   static TENFOLD_INLINE void add_group(const uint8_t* scales, const uint8_t* line, const Input* input,
                                        Sums<V, T>& y) {
-    ByteSum sums[V][T];
+    Int8Sum sums[V][T];
     start(sums, input);
     unrolled<lines(Format::int8)>([&](auto i) TENFOLD_BODY {
       Weights<V> weights;

@@ -13,8 +13,8 @@ if not cpu.available():
     pytest.skip("the native kernels are not built", allow_module_level=True)
 
 # Relative error (Frobenius) of rounding normal weights: bf16 2^-9 at most; int8 and int4 a step of 1/127 and
-# 1/8 of the largest of 32, about 2.3 standard deviations, over sqrt(12); the search takes off a tenth.
-ROUNDING = {"bf16": 0.002, "int8": 0.006, "int4": 0.085}
+# 1/8 of the largest of 32, about 2.3 standard deviations, over sqrt(12); int4's grid takes off a tenth.
+ROUNDING = {"bf16": 0.002, "int8": 0.006, "int4": 0.08}
 BITS = {"bf16": 16, "int8": 8.5, "int4": 4.5}
 
 
@@ -62,14 +62,14 @@ def test_bf16_weights_come_back_exactly() -> None:
     assert torch.equal(cpu.unpack(cpu.pack_linear(weight, "bf16")), weight.float())
 
 
-def test_searched_scales_beat_the_largest_value() -> None:
+def test_the_grid_beats_even_steps_from_the_largest_value() -> None:
     weight = normal(256, 512)
     groups = weight.view(256, -1, 32)
     extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     scale = (extreme / -8).half().float()
     plain = ((groups / scale).round().clamp(-8, 7) * scale).view_as(weight)
     searched = cpu.unpack(cpu.pack_linear(weight, "int4"))
-    assert (searched - weight).square().sum() < 0.9 * (plain - weight).square().sum()
+    assert (searched - weight).square().sum() < 0.75 * (plain - weight).square().sum()
 
 
 def test_importance_moves_the_error_to_where_it_costs_less() -> None:
