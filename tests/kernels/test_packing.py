@@ -69,7 +69,7 @@ def test_the_grid_beats_even_steps_from_the_largest_value() -> None:
     scale = (extreme / -8).half().float()
     plain = ((groups / scale).round().clamp(-8, 7) * scale).view_as(weight)
     searched = cpu.unpack(cpu.pack_linear(weight, "int4"))
-    assert (searched - weight).square().sum() < 0.75 * (plain - weight).square().sum()
+    assert (searched - weight).square().sum() < 0.85 * (plain - weight).square().sum()
 
 
 def test_importance_moves_the_error_to_where_it_costs_less() -> None:
