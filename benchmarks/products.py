@@ -13,8 +13,9 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import tyro
@@ -48,39 +49,47 @@ class Case:
     seconds: list[float] = field(default_factory=list)
 
 
-def linear_case(isa: str, name: str, format: str, tokens: int) -> Case:
+def copies_of(weight: cpu.PackedLinear) -> list[cpu.PackedLinear]:
+    packed = torch.from_numpy(weight.bytes.copy())
+    rest = int(COLD_BYTES / weight.nbytes)
+    return [weight] + [cpu.packed_linear(packed.clone(), weight.format, *weight.shape) for _ in range(rest)]
+
+
+def linear_cases(name: str, format: str, options: Options) -> Iterator[Case]:
     rows, cols = SHAPES[name]
-    weight = torch.randn(rows, cols)
-    first = cpu.pack_linear(weight, format)
-    copies = [first] + [cpu.pack_linear(weight, format) for _ in range(int(COLD_BYTES / first.nbytes))]
-    x = torch.randn(tokens, cols)
-    expected = x.double() @ cpu.unpack(first).double().T
-    check(f"{name} {format}", cpu.linear(x, [first])[0], expected)
-    operations = 2.0 * tokens * rows * cols
-    label = f"{name} {rows}x{cols} {format} x{tokens}"
-    return Case(label, isa, operations, first.nbytes, lambda i: cpu.linear(x, [copies[i % len(copies)]]))
+    copies = copies_of(cpu.pack_linear(torch.randn(rows, cols), format))
+    values = cpu.unpack(copies[0])
+    for tokens in options.tokens:
+        x = torch.randn(tokens, cols)
+        expected = x[:8].double() @ values.double().T
+        label = f"{name} {rows}x{cols} {format} x{tokens}"
+        for isa in options.isas:
+            cpu.use_isa(isa)
+            check(f"{label} {isa}", cpu.linear(x, copies[:1])[0][:8], expected)
+            run = partial(lambda x, i: cpu.linear(x, [copies[i % len(copies)]]), x)
+            yield Case(label, isa, 2.0 * tokens * rows * cols, copies[0].nbytes, run)
 
 
-def expert_case(isa: str, format: str, tokens: int) -> Case:
-    experts = cpu.empty_experts(format, EXPERTS, HIDDEN, WIDTH)
-    gate, up, down = (torch.randn(*s) / s[1] ** 0.5 for s in [(WIDTH, HIDDEN)] * 2 + [(HIDDEN, WIDTH)])
-    for e in range(EXPERTS):
-        experts.pack(e, gate, up, down)
-    x, weights = torch.randn(tokens, HIDDEN), torch.rand(tokens, CHOICES)
-    choices = [choose(tokens) for _ in range(16)]
-    gate, up, down = (w.double() for w in cpu.unpack_expert(experts, 0))
-    h = torch.nn.functional.silu(x.double() @ gate.T) * (x.double() @ up.T)
-    check(
-        f"experts {format}",
-        cpu.expert_layer(x, experts, choices[0], weights),
-        h @ down.T * weights.sum(1, True),
-    )
-    operations = 2.0 * tokens * CHOICES * 3 * HIDDEN * WIDTH
-    touched = len(choices[0].unique()) * experts.nbytes / EXPERTS
-    label = f"experts {format} x{tokens}"
-    return Case(
-        label, isa, operations, touched, lambda i: cpu.expert_layer(x, experts, choices[i % 16], weights)
-    )
+def expert_cases(format: str, options: Options) -> Iterator[Case]:
+    shapes = [(WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)]
+    one = cpu.empty_experts(format, 1, HIDDEN, WIDTH)
+    one.pack(0, *(torch.randn(shape) / shape[1] ** 0.5 for shape in shapes))
+    packed = torch.from_numpy(one.bytes.copy()).repeat(EXPERTS)
+    experts = cpu.packed_experts(packed, format, EXPERTS, HIDDEN, WIDTH)
+    gate, up, down = (w.double() for w in cpu.unpack_expert(one, 0))
+    for tokens in options.tokens:
+        x, weights = torch.randn(tokens, HIDDEN), torch.rand(tokens, CHOICES)
+        choices = [choose(tokens) for _ in range(16)]
+        h = torch.nn.functional.silu(x[:8].double() @ gate.T) * (x[:8].double() @ up.T)
+        expected = h @ down.T * weights[:8].sum(1, True)
+        touched = len(choices[0].unique()) * experts.nbytes / EXPERTS
+        label = f"experts {format} x{tokens}"
+        for isa in options.isas:
+            cpu.use_isa(isa)
+            y = cpu.expert_layer(x, experts, choices[0], weights)
+            check(f"{label} {isa}", y[:8], expected)
+            run = partial(lambda x, w, c, i: cpu.expert_layer(x, experts, c[i % 16], w), x, weights, choices)
+            yield Case(label, isa, 2.0 * tokens * CHOICES * 3 * HIDDEN * WIDTH, touched, run)
 
 
 def choose(tokens: int) -> torch.Tensor:
@@ -135,12 +144,10 @@ def main(options: Options) -> None:
     print(f"tenfold {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"{processor()}, {', '.join(cpu.isas())}; {options.threads} threads")
     cases = []
-    for isa in options.isas:
-        cpu.use_isa(isa)
-        for format in options.formats:
-            for tokens in options.tokens:
-                cases += [linear_case(isa, name, format, tokens) for name in SHAPES]
-                cases.append(expert_case(isa, format, tokens))
+    for format in options.formats:
+        for name in SHAPES:
+            cases += linear_cases(name, format, options)
+        cases += expert_cases(format, options)
     before = cpu.memory_read_gb_s()
     measure(cases, options)
     after = cpu.memory_read_gb_s()
