@@ -38,11 +38,12 @@ std::string shape_of(const Array& array) {
   return text + "]";
 }
 
+constexpr nanobind::dlpack::dtype kBf16 = {static_cast<uint8_t>(nanobind::dlpack::dtype_code::Bfloat), 16, 1};
+
 template <class Array>
 std::optional<DType> float_type(const Array& array) {
   if (array.dtype() == nanobind::dtype<float>()) return DType::f32;
-  const nanobind::dlpack::dtype bf16 = {static_cast<uint8_t>(nanobind::dlpack::dtype_code::Bfloat), 16, 1};
-  if (array.dtype() == bf16) return DType::bf16;
+  if (array.dtype() == kBf16) return DType::bf16;
   return std::nullopt;
 }
 
@@ -57,10 +58,11 @@ Rows matrix(const Array& array, const char* name) {
           static_cast<int64_t>(array.shape(0)), static_cast<int64_t>(array.shape(1)), array.stride(0)};
 }
 
-// A contiguous array of T with this shape.
-template <class T, class Array>
-T* contiguous(const Array& array, std::initializer_list<int64_t> shape, const char* name, const char* type) {
-  bool right = array.dtype() == nanobind::dtype<T>() && array.ndim() == shape.size();
+// The data of a contiguous array of this dtype and shape.
+template <class Array>
+void* contiguous_of(const Array& array, nanobind::dlpack::dtype dtype, std::initializer_list<int64_t> shape,
+                    const char* name, const char* type) {
+  bool right = array.dtype() == dtype && array.ndim() == shape.size();
   std::string expected = "[";
   int64_t step = 1;
   for (size_t i = shape.size(); right && i-- > 0;) {
@@ -73,7 +75,17 @@ T* contiguous(const Array& array, std::initializer_list<int64_t> shape, const ch
   if (!right)
     refuse("%s must be contiguous %s %s], got shape %s", name, type, expected.c_str(),
            shape_of(array).c_str());
-  return const_cast<T*>(static_cast<const T*>(array.data()));
+  return const_cast<void*>(static_cast<const void*>(array.data()));
+}
+
+template <class T, class Array>
+T* contiguous(const Array& array, std::initializer_list<int64_t> shape, const char* name, const char* type) {
+  return static_cast<T*>(contiguous_of(array, nanobind::dtype<T>(), shape, name, type));
+}
+
+template <class Array>
+bf16* contiguous_bf16(const Array& array, std::initializer_list<int64_t> shape, const char* name) {
+  return static_cast<bf16*>(contiguous_of(array, kBf16, shape, name, "bfloat16"));
 }
 
 }  // namespace tenfold

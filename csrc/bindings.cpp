@@ -11,6 +11,7 @@
 #include <chrono>
 #include <vector>
 
+#include "bind_layers.h"
 #include "dispatch.h"
 #include "packed.h"
 #include "thread_pool.h"
@@ -166,4 +167,5 @@ NB_MODULE(_native, m) {
            nb::arg("down"));
   m.def("expert_layer", &expert_layer, nb::arg("x"), nb::arg("experts"), nb::arg("chosen"),
         nb::arg("weights"), nb::arg("out"));
+  bind_layers(m);
 }

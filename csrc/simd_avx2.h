@@ -16,7 +16,13 @@ TENFOLD_INLINE F32 load(const bf16* p) {
       _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
 TENFOLD_INLINE F32 load_half(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+TENFOLD_INLINE F32 load(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
 TENFOLD_INLINE void store(float* p, F32 x) { _mm256_storeu_ps(p, x); }
+TENFOLD_INLINE void store(half* p, F32 x) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 TENFOLD_INLINE void store(bf16* p, F32 x) {
   const I32 bits = (I32)x;
   const I32 odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -37,6 +43,18 @@ TENFOLD_INLINE float sum(F32 x) {
   const __m128 half = _mm256_castps256_ps128(x) + _mm256_extractf128_ps(x, 1);
   const __m128 pair = half + _mm_movehl_ps(half, half);
   return _mm_cvtss_f32(pair) + _mm_cvtss_f32(_mm_movehdup_ps(pair));
+}
+TENFOLD_INLINE F32 low_halves(F32 a, F32 b) { return _mm256_permute2f128_ps(a, b, 0x20); }
+TENFOLD_INLINE F32 high_halves(F32 a, F32 b) { return _mm256_permute2f128_ps(a, b, 0x31); }
+TENFOLD_INLINE F32 sum_pairs(F32 a, F32 b) { return _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b); }
+TENFOLD_INLINE F32 sum_quads(F32 a, F32 b, F32 c, F32 d) {
+  const __m256d ab = (__m256d)sum_pairs(a, b), cd = (__m256d)sum_pairs(c, d);
+  return (F32)_mm256_unpacklo_pd(ab, cd) + (F32)_mm256_unpackhi_pd(ab, cd);
+}
+// Lane i is the sum of x[i].
+TENFOLD_INLINE F32 sum_each(const F32 (&x)[kLanes]) {
+  const F32 low = sum_quads(x[0], x[1], x[2], x[3]), high = sum_quads(x[4], x[5], x[6], x[7]);
+  return low_halves(low, high) + high_halves(low, high);
 }
 TENFOLD_INLINE F32 to_float(I32 x) { return _mm256_cvtepi32_ps(x); }
 

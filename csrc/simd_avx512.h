@@ -18,7 +18,13 @@ TENFOLD_INLINE F32 load(const bf16* p) {
 TENFOLD_INLINE F32 load_half(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
+TENFOLD_INLINE F32 load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 TENFOLD_INLINE void store(float* p, F32 x) { _mm512_storeu_ps(p, x); }
+TENFOLD_INLINE void store(half* p, F32 x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 TENFOLD_INLINE void store(bf16* p, F32 x) {
   _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
 }
@@ -28,6 +34,20 @@ TENFOLD_INLINE F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 TENFOLD_INLINE F32 round(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT); }
 TENFOLD_INLINE F32 scale_by_power_of_two(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
 TENFOLD_INLINE float sum(F32 x) { return _mm512_reduce_add_ps(x); }
+TENFOLD_INLINE F32 low_halves(F32 a, F32 b) { return _mm512_shuffle_f32x4(a, b, 0x44); }
+TENFOLD_INLINE F32 high_halves(F32 a, F32 b) { return _mm512_shuffle_f32x4(a, b, 0xee); }
+TENFOLD_INLINE F32 sum_pairs(F32 a, F32 b) { return _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b); }
+TENFOLD_INLINE F32 sum_quads(F32 a, F32 b, F32 c, F32 d) {
+  const __m512d ab = (__m512d)sum_pairs(a, b), cd = (__m512d)sum_pairs(c, d);
+  return (F32)_mm512_unpacklo_pd(ab, cd) + (F32)_mm512_unpackhi_pd(ab, cd);
+}
+TENFOLD_INLINE F32 sum_halves(F32 a, F32 b) { return low_halves(a, b) + high_halves(a, b); }
+// Lane i is the sum of x[i].
+TENFOLD_INLINE F32 sum_each(const F32 (&x)[kLanes]) {
+  const F32 low = sum_halves(sum_quads(x[0], x[1], x[2], x[3]), sum_quads(x[4], x[5], x[6], x[7]));
+  const F32 high = sum_halves(sum_quads(x[8], x[9], x[10], x[11]), sum_quads(x[12], x[13], x[14], x[15]));
+  return _mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd);
+}
 TENFOLD_INLINE F32 to_float(I32 x) { return _mm512_cvtepi32_ps(x); }
 
 TENFOLD_INLINE I32 load_bits(const void* p) { return _mm512_loadu_si512(p); }

@@ -22,17 +22,41 @@ TENFOLD_INLINE F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
 TENFOLD_INLINE F32 round(F32 x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }
 TENFOLD_INLINE F32 scale_by_power_of_two(F32 x, F32 n) { return (F32)((I32)x + (to_int(n) << 23)); }
 TENFOLD_INLINE float sum(F32 x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+TENFOLD_INLINE F32 low_halves(F32 a, F32 b) { return F32{a[0], a[1], b[0], b[1]}; }
+TENFOLD_INLINE F32 high_halves(F32 a, F32 b) { return F32{a[2], a[3], b[2], b[3]}; }
+// Lane i is the sum of x[i].
+TENFOLD_INLINE F32 sum_each(const F32 (&x)[kLanes]) {
+  return F32{sum(x[0]), sum(x[1]), sum(x[2]), sum(x[3])};
+}
 
 TENFOLD_INLINE F32 load(const float* p) { return read<F32>(p); }
 TENFOLD_INLINE F32 load(const bf16* p) { return (F32)(__builtin_convertvector(read<U16>(p), U32) << 16); }
 // Moves the exponent and the fraction to their places, then multiplies by 2^112 to mend the exponent's bias:
-// this is exact for subnormal halves too. Scales are finite.
+// this is exact for subnormal halves too. The largest exponent stands for infinity and NaN.
 TENFOLD_INLINE F32 load_half(const uint8_t* p) {
   const U32 bits = __builtin_convertvector(read<U16>(p), U32);
   const F32 magnitude = (F32)((bits & 0x7fff) << 13) * splat(0x1p112f);
-  return (F32)((U32)magnitude | (bits & 0x8000) << 16);
+  const U32 special = magnitude >= splat(65536.0f) ? U32{} + 0x7f800000 : U32{};
+  return (F32)((U32)magnitude | special | (bits & 0x8000) << 16);
+}
+TENFOLD_INLINE F32 load(const int8_t* p) {
+  using I8 = int8_t __attribute__((vector_size(4)));
+  return __builtin_convertvector(read<I8>(p), F32);
 }
 TENFOLD_INLINE void store(float* p, F32 x) { memcpy(p, &x, sizeof x); }
+// To the nearest half, by adding to the magnitude a number whose last bit has the place of the half's.
+TENFOLD_INLINE void store(half* p, F32 x) {
+  const U32 sign = (U32)x & 0x80000000;
+  const F32 magnitude = (F32)((U32)x ^ sign);
+  const U32 exponent = (U32)max(magnitude, splat(0x1p-14f)) & 0x7f800000;
+  const F32 shift = (F32)(exponent + (13 << 23));
+  const F32 rounded = (magnitude + shift) - shift;
+  const U32 finite = (U32)(rounded * splat(0x1p-112f)) >> 13;
+  U32 bits = rounded < splat(65536.0f) ? finite : U32{} + 0x7c00;
+  bits = x == x ? bits : U32{} + 0x7e00;
+  const U16 result = __builtin_convertvector(bits | sign >> 16, U16);
+  memcpy(p, &result, sizeof result);
+}
 TENFOLD_INLINE void store(bf16* p, F32 x) {
   const U32 bits = (U32)x;
   const U32 nearest = bits + ((bits >> 16) & 1) + 0x7fff;

@@ -47,3 +47,51 @@ def set_threads(count: int) -> None: ...
 def memory_read_gb_s(megabytes: int = 512) -> float: ...
 def linear(x: Array, weights: Sequence[PackedLinear], outs: Sequence[Array]) -> None: ...
 def expert_layer(x: Array, experts: PackedExperts, chosen: Array, weights: Array, out: Array) -> None: ...
+
+class Batch:
+    tokens: int
+    def __init__(
+        self,
+        bounds: Sequence[int],
+        slots: Sequence[int] | None = None,
+        past: Sequence[int] | None = None,
+        pages: Sequence[Sequence[int]] | None = None,
+        cos: Array | None = None,
+        sin: Array | None = None,
+    ) -> None: ...
+
+class NormWeight:
+    dim: int
+    def __init__(self, weight: Array, eps: float, zero_centered: bool) -> None: ...
+
+class DeltaNetWeights:
+    values: int
+    def __init__(
+        self, conv_weight: Array, A_log: Array, dt_bias: Array, norm_weight: Array, key_heads: int, eps: float
+    ) -> None: ...
+
+class RecurrentStates:
+    def __init__(self, conv: Array, recurrent: Array) -> None: ...
+
+class KeyValuePages:
+    def __init__(self, keys: Array, values: Array, key_scales: Array = ..., value_scales: Array = ...) -> None: ...
+
+def gated_delta_net(
+    qkvz: Array, ba: Array, weights: DeltaNetWeights, states: RecurrentStates, batch: Batch, out: Array
+) -> None: ...
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_norm: NormWeight,
+    k_norm: NormWeight,
+    gated: bool,
+    cache: KeyValuePages,
+    batch: Batch,
+    out: Array,
+) -> None: ...
+def rms_norm(x: Array, weight: NormWeight, delta: Array | None, out: Array) -> None: ...
+def route(
+    logits: Array, choices: int, normalize: bool, shared_gate: Array | None, chosen: Array, weights: Array
+) -> None: ...
+def swiglu(gate: Array, up: Array, out: Array) -> None: ...

@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from tenfold.kernels._native import PackedExperts, PackedLinear
+    from tenfold.kernels._native import (
+        Batch,
+        DeltaNetWeights,
+        KeyValuePages,
+        NormWeight,
+        PackedExperts,
+        PackedLinear,
+        RecurrentStates,
+    )
 
 FORMATS = ("bf16", "int8", "int4")
 
@@ -160,3 +168,122 @@ def expert_layer(
     out = torch.empty(x.shape, dtype=dtype)
     _native().expert_layer(x.detach(), experts, chosen.to(torch.int32), weights.detach(), out)
     return out
+
+
+def batch(
+    bounds: Sequence[int],
+    slots: Sequence[int] | None = None,
+    past: Sequence[int] | None = None,
+    pages: Sequence[Sequence[int]] | None = None,
+    rotation: tuple[Tensor, Tensor] | None = None,
+) -> Batch:
+    """The sequences of a step, for all its layers: sequence n has the tokens `bounds[n] .. bounds[n + 1] - 1`.
+
+    slots: where each one's recurrent state lies. past and pages: how many earlier tokens each one has in the
+    cache, and the numbers of the pages that hold those and will hold the new ones, in order. Sequences may
+    share pages that they only read. rotation: cos and sin, fp32 `[T, R / 2]`.
+    """
+    cos, sin = rotation or (None, None)
+    return _native().Batch(bounds, slots, past, pages, cos, sin)
+
+
+def delta_net_weights(
+    conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, key_heads: int, eps: float
+) -> DeltaNetWeights:
+    """A Gated DeltaNet's weights besides its projections: conv_weight `[C, W]`, A_log and dt_bias `[HV]`,
+    norm_weight `[V]`; fp32 or bf16, copied. Head dims are multiples of 16.
+    """
+    tensors = (x.detach().contiguous() for x in (conv_weight, A_log, dt_bias, norm_weight))
+    return _native().DeltaNetWeights(*tensors, key_heads, eps)
+
+
+def recurrent_states(conv: Tensor, recurrent: Tensor) -> RecurrentStates:
+    """One layer's states, fp32 conv `[slots, C, W-1]` and recurrent `[slots, HV, V, K]`: not copied."""
+    return _native().RecurrentStates(conv, recurrent)
+
+
+def gated_delta_net(
+    qkvz: Tensor, ba: Tensor, weights: DeltaNetWeights, states: RecurrentStates, batch: Batch
+) -> Tensor:
+    """Gated DeltaNet between its two projections; advances the states and returns `[T, HV * V]`.
+
+    qkvz and ba are fp32 rows as the projections give them, interleaved by key head. A token's result and the
+    states depend on its own sequence alone, to the last bit, however that is cut into calls.
+    """
+    _require_no_grad(qkvz, ba)
+    out = torch.empty(qkvz.shape[0], weights.values)
+    _native().gated_delta_net(qkvz, ba, weights, states, batch, out)
+    return out
+
+
+def key_value_pages(
+    keys: Tensor, values: Tensor, key_scales: Tensor | None = None, value_scales: Tensor | None = None
+) -> KeyValuePages:
+    """One layer's cache, not copied: keys `[pages, G, K, page]` and values `[pages, G, page, K]`.
+
+    A page has 16, 32 or 64 tokens; fp32, fp16, bf16, or int8 with fp32 scales `[pages, G, page]`.
+    """
+    scales = (x for x in (key_scales, value_scales) if x is not None)
+    return _native().KeyValuePages(keys, values, *scales)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_norm: NormWeight,
+    k_norm: NormWeight,
+    cache: KeyValuePages,
+    batch: Batch,
+    gated: bool,
+) -> Tensor:
+    """Attention between its projections: norms, rotation, new keys to the cache, softmax; `[T, H * K]`.
+
+    q `[T, H * K]`, or, gated, `[T, H * 2 * K]` with each head's query and then its output gate; k, v
+    `[T, G * K]`; all fp32. A token's result depends on its own sequence alone, to the last bit, however that is
+    cut into calls.
+    """
+    _require_no_grad(q, k, v)
+    out = torch.empty(q.shape[0], q.shape[1] // 2 if gated else q.shape[1])
+    _native().attention(q, k, v, q_norm, k_norm, gated, cache, batch, out)
+    return out
+
+
+def norm_weight(weight: Tensor, eps: float, zero_centered: bool) -> NormWeight:
+    """The weight `[D]` of an RMSNorm, fp32 or bf16, copied; zero-centred ones multiply by `1 + weight`."""
+    return _native().NormWeight(weight.detach().contiguous(), eps, zero_centered)
+
+
+def rms_norm(x: Tensor, weight: NormWeight, delta: Tensor | None = None) -> Tensor:
+    """RMSNorm of fp32 x `[T, D]`, after adding delta to x itself where there is one."""
+    _require_no_grad(x, *(() if delta is None else (delta,)))
+    out = torch.empty(x.shape)
+    _native().rms_norm(x, weight, delta, out)
+    return out
+
+
+def route(logits: Tensor, k: int, normalize: bool, shared_gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Experts of each token from fp32 logits `[T, E]`: weights fp32 and numbers int32 `[T, k]`, the largest first.
+
+    Softmax over all experts, renormalised over the k if asked; of equal logits the lower number wins. With
+    shared_gate `[T, 1]` there is one place more: expert E, weighted by the sigmoid of the gate.
+    """
+    _require_no_grad(logits)
+    places = (logits.shape[0], k + (shared_gate is not None))
+    weights, chosen = torch.empty(places), torch.empty(places, dtype=torch.int32)
+    _native().route(logits, k, normalize, shared_gate, chosen, weights)
+    return weights, chosen
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, fp32 `[T, F]`."""
+    _require_no_grad(gate, up)
+    out = torch.empty(gate.shape)
+    _native().swiglu(gate, up, out)
+    return out
+
+
+def _require_no_grad(*tensors: Tensor) -> None:
+    """These kernels have no gradient, and DLPack would lose it without a word."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError("the native kernels have no gradients: call them under torch.no_grad()")
