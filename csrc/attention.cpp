@@ -20,6 +20,40 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : least(x, high); }
 float* row(const Rows& rows, int64_t i) { return static_cast<float*>(rows.data) + i * rows.stride; }
 
+// How keys and values of a type are multiplied with factors, that is queries and weights. kDepth of them make one
+// step of a sum.
+template <class T>
+struct Arithmetic {
+  using Factor = float;
+  using Sum = F32;
+  static constexpr int64_t kDepth = 1;
+  static constexpr bool kScaled = false;
+  TENFOLD_INLINE static F32 load(const T* p) { return TENFOLD_ISA::load(p); }
+  TENFOLD_INLINE static F32 splat(const float* p) { return TENFOLD_ISA::splat(*p); }
+  TENFOLD_INLINE static F32 add(F32 sum, F32 a, F32 b) { return fma(a, b, sum); }
+  TENFOLD_INLINE static F32 load_sum(const float* p) { return TENFOLD_ISA::load(p); }
+  TENFOLD_INLINE static void store_sum(float* p, F32 sum) { store(p, sum); }
+};
+
+// Factors have 16 bits here: a sum of 512 products of those with 8 bits still fits 32. It is exact.
+template <>
+struct Arithmetic<int8_t> {
+  using Factor = int16_t;
+  using Sum = I32;
+  static constexpr int64_t kDepth = 2;
+  static constexpr bool kScaled = true;
+  TENFOLD_INLINE static I32 load(const int8_t* p) { return load_pairs(p); }
+  TENFOLD_INLINE static I32 splat(const int16_t* p) { return splat_bits(p); }
+  TENFOLD_INLINE static I32 add(I32 sum, I32 a, I32 b) { return add_pairs(sum, a, b); }
+  TENFOLD_INLINE static I32 load_sum(const float* p) { return load_bits(p); }
+  TENFOLD_INLINE static void store_sum(float* p, I32 sum) { store_bits(p, sum); }
+};
+
+template <class T>
+using Factor = typename Arithmetic<T>::Factor;
+template <class T>
+constexpr bool kScaled = Arithmetic<T>::kScaled;
+
 // Tokens of one sequence: rows first .. first + count - 1 of the step, at `position` and on.
 struct Tile {
   int64_t sequence, first, position, count;
@@ -74,7 +108,9 @@ struct Plan {
     walks = tiles.count() * op.cache.kv_heads;
     split = walks < 2 * op.threads;
     queries = memory.take<float>(op.q.rows * op.heads * op.cache.dim);
+    query_scales = memory.take<float>(op.q.rows * op.heads);
     scores = memory.take<float>(op.threads * kRowStep * kBlockKeys);
+    weights = memory.take<int16_t>(op.threads * kRowStep * kBlockKeys);
     so_far = take_sums(op.threads * rows, op.cache.dim);
     parts = take_sums((split ? walks * blocks : op.threads) * rows, op.cache.dim);
   }
@@ -97,7 +133,8 @@ struct Plan {
   int64_t blocks = 0;    // that the longest sequence has
   int64_t walks;         // a tile with one key head each
   bool split;            // whether a walk's blocks are spread over threads
-  float *queries, *scores;
+  float *queries, *query_scales, *scores;  // queries are int16 where keys are int8
+  int16_t* weights;
   Sums so_far, parts;
 };
 
@@ -117,21 +154,32 @@ void normalize_and_rotate(const Attention& op, const float* x, const float* weig
 }
 
 template <class T>
-float quantize(const float* x, int64_t count, T* to) {
+float round_to(const float* x, int64_t count, T* to) {
   for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(x + i));
   return 1.0f;
 }
 
-float quantize(const float* x, int64_t count, int8_t* to) {
-  F32 most = splat(0);
-  for (int64_t i = 0; i < count; i += kLanes) most = max(max(load(x + i), splat(0) - load(x + i)), most);
-  const float scale = largest(most) / 127.0f, inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-  for (int64_t i = 0; i < count; i += kLanes) store_int8(to + i, load(x + i) * splat(inverse));
-  return scale;
+// To integers of magnitude `largest_integer` at most, stored by `store_integers`; returns their unit. It is NaN
+// where any x is.
+template <class T, class F>
+float quantize(const float* x, int64_t count, float largest_integer, T* to, const F& store_integers) {
+  F32 most = splat(0), bad = splat(0);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    most = max(max(load(x + i), splat(0) - load(x + i)), most);
+    bad = fma(load(x + i), splat(0), bad);
+  }
+  const float unit = largest(most) / largest_integer, inverse = unit > 0.0f ? 1.0f / unit : 0.0f;
+  for (int64_t i = 0; i < count; i += kLanes) store_integers(to + i, load(x + i) * splat(inverse));
+  return unit + sum(bad);
 }
 
-template <class T>
-constexpr bool kScaled = sizeof(T) == 1;
+float round_to(const float* x, int64_t count, int8_t* to) {
+  return quantize(x, count, 127.0f, to, [](int8_t* p, F32 integers) { store_int8(p, integers); });
+}
+
+float round_to(const float* x, int64_t count, int16_t* to) {
+  return quantize(x, count, 32767.0f, to, [](int16_t* p, F32 integers) { store_int16(p, integers); });
+}
 
 // Where one head of one page lies in the cache.
 template <class T>
@@ -149,14 +197,21 @@ struct Page {
   float *key_scales, *value_scales;  // where T is int8
 };
 
+// A token's key or value, rounded, as seen from its place in the page.
 template <class T>
 void append(const Attention& op, int64_t head, int64_t page_number, int64_t place, const float* key,
-            const float* value, T* buffer) {
-  const int64_t dim = op.cache.dim, stride = op.cache.page;
+            const float* value) {
+  constexpr int64_t kDepth = Arithmetic<T>::kDepth;
+  const int64_t dim = op.cache.dim, size = op.cache.page;
   const Page<T> page(op.cache, page_number, head);
-  const float key_scale = quantize(key, dim, buffer);
-  for (int64_t i = 0; i < dim; ++i) page.keys[i * stride + place] = buffer[i];
-  const float value_scale = quantize(value, dim, page.values + place * dim);
+  alignas(64) T rounded[kMostHeadDim];
+  const float key_scale = round_to(key, dim, rounded);
+  for (int64_t i = 0; i < dim; ++i) {
+    page.keys[(i / kDepth * size + place) * kDepth + i % kDepth] = rounded[i];
+  }
+  const float value_scale = round_to(value, dim, rounded);
+  T* values = page.values + place / kDepth * kDepth * dim + place % kDepth;
+  for (int64_t i = 0; i < dim; ++i) values[i * kDepth] = rounded[i];
   if constexpr (kScaled<T>) {
     page.key_scales[place] = key_scale;
     page.value_scales[place] = value_scale;
@@ -168,18 +223,17 @@ template <class T>
 void prepare_token(const Attention& op, const Plan& plan, int64_t token, int64_t sequence, int64_t position) {
   const int64_t dim = op.cache.dim, stride = op.gated ? 2 * dim : dim;
   const F32 root = splat(1.0f / __builtin_sqrtf(static_cast<float>(dim)));
+  alignas(64) float x[kMostHeadDim];
   for (int64_t h = 0; h < op.heads; ++h) {
-    const int64_t group = h / plan.shared;
-    float* q = plan.queries + ((group * op.q.rows + token) * plan.shared + h % plan.shared) * dim;
-    normalize_and_rotate(op, row(op.q, token) + h * stride, op.q_norm, token, q);
-    for (int64_t i = 0; i < dim; i += kLanes) store(q + i, load(q + i) * root);
+    const int64_t at = (h / plan.shared * op.q.rows + token) * plan.shared + h % plan.shared;
+    normalize_and_rotate(op, row(op.q, token) + h * stride, op.q_norm, token, x);
+    for (int64_t i = 0; i < dim; i += kLanes) store(x + i, load(x + i) * root);
+    plan.query_scales[at] = round_to(x, dim, reinterpret_cast<Factor<T>*>(plan.queries) + at * dim);
   }
   const int32_t page = op.sequences.pages[sequence][position / op.cache.page];
   for (int64_t g = 0; g < op.cache.kv_heads; ++g) {
-    alignas(64) float key[kMostHeadDim];
-    alignas(64) T buffer[kMostHeadDim];
-    normalize_and_rotate(op, row(op.k, token) + g * dim, op.k_norm, token, key);
-    append<T>(op, g, page, position % op.cache.page, key, row(op.v, token) + g * dim, buffer);
+    normalize_and_rotate(op, row(op.k, token) + g * dim, op.k_norm, token, x);
+    append<T>(op, g, page, position % op.cache.page, x, row(op.v, token) + g * dim);
   }
 }
 
@@ -187,11 +241,14 @@ void prepare_token(const Attention& op, const Plan& plan, int64_t token, int64_t
 template <class T>
 struct Block {
   const Attention& op;
-  const float* queries;  // [rows, K]
+  const Factor<T>* queries;  // [rows, K]
+  const float* query_scales;
   int64_t rows, shared;
   int64_t position;      // of the first row's token, counted from the block's first key
   const int32_t* pages;  // from the block's first key on
   int64_t head;
+  float* scores;     // kRowStep rows of kBlockKeys, which become weights,
+  int16_t* weights;  // and integers where keys are
 
   // How many of the block's keys a row may look at.
   int64_t visible(int64_t row) const { return clamp(position + row / shared + 1, 0, kBlockKeys); }
@@ -200,38 +257,48 @@ struct Block {
 
 // Scores of `kRows` rows with kVectors * kLanes keys of a page, from `place` on.
 template <class T, int kRows, int kVectors>
-TENFOLD_INLINE void score(const Block<T>& block, const Page<T>& page, int64_t place, const float* q,
+TENFOLD_INLINE void score(const Block<T>& block, const Page<T>& page, int64_t place, int64_t first_row,
                           float* scores) {
-  const int64_t dim = block.op.cache.dim, stride = block.op.cache.page;
-  const T* keys = page.keys + place;
-  F32 sums[kRows][kVectors] = {};
-  for (int64_t i = 0; i < dim; ++i) {
-    F32 k[kVectors];
-    for (int v = 0; v < kVectors; ++v) k[v] = load(keys + i * stride + v * kLanes);
+  using A = Arithmetic<T>;
+  const int64_t dim = block.op.cache.dim, stride = block.op.cache.page * A::kDepth;
+  const T* keys = page.keys + place * A::kDepth;
+  const Factor<T>* q = block.queries + first_row * dim;
+  typename A::Sum sums[kRows][kVectors] = {};
+  for (int64_t i = 0; i < dim; i += A::kDepth, keys += stride) {
+    typename A::Sum k[kVectors];
+    for (int v = 0; v < kVectors; ++v) k[v] = A::load(keys + v * kLanes * A::kDepth);
     for (int r = 0; r < kRows; ++r) {
-      const F32 x = splat(q[r * dim + i]);
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = fma(x, k[v], sums[r][v]);
+      const auto x = A::splat(q + r * dim + i);
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = A::add(sums[r][v], x, k[v]);
     }
   }
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) {
-      if constexpr (kScaled<T>) sums[r][v] = sums[r][v] * load(page.key_scales + place + v * kLanes);
-      store(scores + r * kBlockKeys + v * kLanes, sums[r][v]);
+      float* to = scores + r * kBlockKeys + v * kLanes;
+      if constexpr (kScaled<T>) {
+        const F32 unit = load(page.key_scales + place + v * kLanes) * splat(block.query_scales[first_row + r]);
+        store(to, to_float(sums[r][v]) * unit);
+      } else {
+        store(to, sums[r][v]);
+      }
     }
   }
 }
 
 template <class T, int kRows>
-void score_rows(const Block<T>& block, const float* q, int64_t keys, float* scores) {
+void score_rows(const Block<T>& block, int64_t first_row, int64_t keys) {
   const int64_t size = block.op.cache.page;
   for (int64_t first = 0; first < keys; first += size) {
     const Page<T> page = block.page(first);
     const int64_t end = least(size, keys - first);
-    int64_t place = 0;
-    for (; place + kLanes < end; place += 2 * kLanes) {
-      score<T, kRows, 2>(block, page, place, q, scores + first + place);
+    for (int64_t place = 0; place < end; place += 2 * kLanes) {
+      float* scores = block.scores + first + place;
+      if (place + kLanes < end) {
+        score<T, kRows, 2>(block, page, place, first_row, scores);
+      } else {
+        score<T, kRows, 1>(block, page, place, first_row, scores);
+      }
     }
-    if (place < end) score<T, kRows, 1>(block, page, place, q, scores + first + place);
   }
 }
 
@@ -250,83 +317,110 @@ void soften(float* scores, int64_t keys, float& most, float& total) {
   total = sum(sums);
 }
 
-// values += weights times a page's keys from `begin` to `end`, kVectors * kLanes columns at a time.
+// sums += weights times a page's values from key `begin` to `end`, kVectors * kLanes columns at a time.
 template <class T, int kRows, int kVectors>
-TENFOLD_INLINE void add_values(const T* from, int64_t dim, const float* weights, int64_t begin, int64_t end,
-                               float* values) {
+TENFOLD_INLINE void add_columns(const T* values, int64_t dim, const Factor<T>* weights, int64_t begin, int64_t end,
+                                float* to) {
+  using A = Arithmetic<T>;
   for (int64_t i = 0; i < dim; i += kVectors * kLanes) {
-    F32 sums[kRows][kVectors];
+    typename A::Sum sums[kRows][kVectors];
     for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = load(values + r * dim + i + v * kLanes);
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = A::load_sum(to + r * dim + i + v * kLanes);
     }
-    for (int64_t key = begin; key < end; ++key) {
-      F32 x[kVectors];
-      for (int v = 0; v < kVectors; ++v) x[v] = load(from + key * dim + i + v * kLanes);
+    for (int64_t key = begin; key < end; key += A::kDepth) {
+      typename A::Sum x[kVectors];
+      for (int v = 0; v < kVectors; ++v) x[v] = A::load(values + key * dim + (i + v * kLanes) * A::kDepth);
       for (int r = 0; r < kRows; ++r) {
-        const F32 weight = splat(weights[r * kBlockKeys + key]);
-        for (int v = 0; v < kVectors; ++v) sums[r][v] = fma(weight, x[v], sums[r][v]);
+        const auto weight = A::splat(weights + r * kBlockKeys + key);
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = A::add(sums[r][v], weight, x[v]);
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) store(values + r * dim + i + v * kLanes, sums[r][v]);
+      for (int v = 0; v < kVectors; ++v) A::store_sum(to + r * dim + i + v * kLanes, sums[r][v]);
     }
   }
 }
 
 template <class T, int kRows>
-void add_page(const Block<T>& block, const Page<T>& page, const float* weights, int64_t begin, int64_t end,
-              float* values) {
+void add_page(const Block<T>& block, const Page<T>& page, const Factor<T>* weights, int64_t begin, int64_t end,
+              float* to) {
   const int64_t dim = block.op.cache.dim;
   if (dim % (2 * kLanes) == 0) {
-    add_values<T, kRows, 2>(page.values, dim, weights, begin, end, values);
+    add_columns<T, kRows, 2>(page.values, dim, weights, begin, end, to);
   } else {
-    add_values<T, kRows, 1>(page.values, dim, weights, begin, end, values);
+    add_columns<T, kRows, 1>(page.values, dim, weights, begin, end, to);
   }
 }
 
 // The rows see a page in common, or its end is cut at a place of each row's own.
 template <class T, int kRows>
-void weigh_rows(const Block<T>& block, int64_t first_row, float* weights, float* values) {
+void weigh_rows(const Block<T>& block, int64_t first_row, float* to) {
   const int64_t size = block.op.cache.page, dim = block.op.cache.dim;
-  memset(values, 0, static_cast<size_t>(kRows * dim) * sizeof(float));
   const int64_t common = block.visible(first_row), all = block.visible(first_row + kRows - 1);
+  memset(to, 0, static_cast<size_t>(kRows * dim) * sizeof(float));
   for (int64_t first = 0; first < all; first += size) {
     const Page<T> page = block.page(first);
-    if constexpr (kScaled<T>) {
-      const int64_t end = least(size, (all - first + kLanes - 1) / kLanes * kLanes);
-      for (int64_t i = 0; i < kRows * kBlockKeys; i += kBlockKeys) {
-        for (int64_t key = 0; key < end; key += kLanes) {
-          float* weight = weights + i + first + key;
-          store(weight, load(weight) * load(page.value_scales + key));
-        }
-      }
-    }
     const int64_t end = clamp(common - first, 0, size);
-    add_page<T, kRows>(block, page, weights + first, 0, end, values);
+    add_page<T, kRows>(block, page, block.scores + first, 0, end, to);
     for (int r = 0; r < kRows; ++r) {
       const int64_t own = clamp(block.visible(first_row + r) - first, end, size);
-      add_page<T, 1>(block, page, weights + r * kBlockKeys + first, end, own, values + r * dim);
+      add_page<T, 1>(block, page, block.scores + r * kBlockKeys + first, end, own, to + r * dim);
     }
   }
 }
 
-template <class T, int kRows>
-void attend_rows(const Block<T>& block, int64_t first_row, float* scores, const Sums& sums) {
-  const float* q = block.queries + first_row * block.op.cache.dim;
-  score_rows<T, kRows>(block, q, block.visible(first_row + kRows - 1), scores);
-  for (int r = 0; r < kRows; ++r) {
-    soften(scores + r * kBlockKeys, block.visible(first_row + r), sums.most[r], sums.total[r]);
+// The weights of one row, times the values' scales, as integers: zero for what it may not look at.
+template <class T>
+float round_weights(const Block<T>& block, int64_t visible, float* scores, int16_t* weights) {
+  const int64_t size = block.op.cache.page;
+  for (int64_t first = 0; first < visible; first += size) {
+    const Page<T> page = block.page(first);
+    const int64_t end = least(size, visible - first);
+    for (int64_t key = 0; key < end; ++key) scores[first + key] *= page.value_scales[key];
   }
-  weigh_rows<T, kRows>(block, first_row, scores, sums.values);
+  for (int64_t key = visible; key < kBlockKeys; ++key) scores[key] = 0;
+  return round_to(scores, kBlockKeys, weights);
+}
+
+// Rows may look beyond what they see here: nothing times a weight of zero is nothing.
+template <int kRows>
+void weigh_rows(const Block<int8_t>& block, int64_t first_row, float* to) {
+  const int64_t size = block.op.cache.page, dim = block.op.cache.dim;
+  const int64_t all = block.visible(first_row + kRows - 1);
+  float units[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    units[r] = round_weights(block, block.visible(first_row + r), block.scores + r * kBlockKeys,
+                             block.weights + r * kBlockKeys);
+  }
+  memset(to, 0, static_cast<size_t>(kRows * dim) * sizeof(float));
+  for (int64_t first = 0; first < all; first += size) {
+    add_page<int8_t, kRows>(block, block.page(first), block.weights + first, 0, least(size, all - first), to);
+  }
+  for (int r = 0; r < kRows; ++r, to += dim) {
+    for (int64_t i = 0; i < dim; i += kLanes) store(to + i, to_float(load_bits(to + i)) * splat(units[r]));
+  }
 }
 
 template <class T, int kRows>
-void attend(const Block<T>& block, int64_t first_row, float* scores, const Sums& sums) {
+void attend_rows(const Block<T>& block, int64_t first_row, const Sums& sums) {
+  score_rows<T, kRows>(block, first_row, block.visible(first_row + kRows - 1));
+  for (int r = 0; r < kRows; ++r) {
+    soften(block.scores + r * kBlockKeys, block.visible(first_row + r), sums.most[r], sums.total[r]);
+  }
+  if constexpr (kScaled<T>) {
+    weigh_rows<kRows>(block, first_row, sums.values);
+  } else {
+    weigh_rows<T, kRows>(block, first_row, sums.values);
+  }
+}
+
+template <class T, int kRows>
+void attend(const Block<T>& block, int64_t first_row, const Sums& sums) {
   const int64_t dim = block.op.cache.dim;
   for (; first_row + kRows <= block.rows; first_row += kRows) {
-    attend_rows<T, kRows>(block, first_row, scores, sums.from(first_row, dim));
+    attend_rows<T, kRows>(block, first_row, sums.from(first_row, dim));
   }
-  if constexpr (kRows > 1) attend<T, kRows / 2>(block, first_row, scores, sums);
+  if constexpr (kRows > 1) attend<T, kRows / 2>(block, first_row, sums);
 }
 
 // One tile with one key head.
@@ -343,16 +437,19 @@ struct Walk {
   }
 
   void attend_block(int64_t number, int thread, const Sums& sums) const {
-    const int64_t first_key = number * kBlockKeys;
-    const float* queries = plan.queries + (head * op.q.rows + tile.first) * plan.shared * op.cache.dim;
+    const int64_t first_key = number * kBlockKeys, buffer = thread * kRowStep * kBlockKeys;
+    const int64_t query = (head * op.q.rows + tile.first) * plan.shared;
     const Block<T> block = {op,
-                            queries,
+                            reinterpret_cast<const Factor<T>*>(plan.queries) + query * op.cache.dim,
+                            plan.query_scales + query,
                             rows(),
                             plan.shared,
                             tile.position - first_key,
                             op.sequences.pages[tile.sequence] + first_key / op.cache.page,
-                            head};
-    attend<T, kRowStep>(block, first_row(number), plan.scores + thread * kRowStep * kBlockKeys, sums);
+                            head,
+                            plan.scores + buffer,
+                            plan.weights + buffer};
+    attend<T, kRowStep>(block, first_row(number), sums);
   }
 
   void merge(int64_t block, const Sums& part, const Sums& so_far) const {

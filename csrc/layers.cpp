@@ -222,24 +222,30 @@ KeyValuePages::KeyValuePages(Output keys, Output values, std::optional<Output> k
       values_(std::move(values)),
       key_scales_(std::move(key_scales)),
       value_scales_(std::move(value_scales)) {
-  require(keys_.ndim() == 4, "keys must be [pages, heads, head dim, page size]");
   view_.type = cache_type(keys_);
-  const auto heads = static_cast<int64_t>(keys_.shape(1)), dim = static_cast<int64_t>(keys_.shape(2));
-  const auto size = static_cast<int64_t>(keys_.shape(3));
+  const bool pairs = view_.type == CacheType::int8;
+  require(keys_.ndim() == (pairs ? 5 : 4), pairs ? "int8 keys must be [pages, heads, head dim / 2, page size, 2]"
+                                                : "keys must be [pages, heads, head dim, page size]");
+  const auto heads = static_cast<int64_t>(keys_.shape(1)), size = static_cast<int64_t>(keys_.shape(3));
+  const int64_t dim = static_cast<int64_t>(keys_.shape(2)) * (pairs ? 2 : 1);
   require(heads >= 1, "keys must have one head at least");
   if (size != 16 && size != 32 && size != 64)
     refuse("a page must have 16, 32 or 64 tokens, got %lld", number(size));
   require_sixteens(dim, "the head dimension");
   if (dim > kMostHeadDim) refuse("the head dimension must be at most %lld", number(kMostHeadDim));
   require(keys_.dtype() == values_.dtype(), "keys and values must have the same dtype");
-  view_.keys = page_data(keys_, {pages(), heads, dim, size}, "keys");
-  view_.values = page_data(values_, {pages(), heads, size, dim}, "values");
+  if (pairs) {
+    view_.keys = page_data(keys_, {pages(), heads, dim / 2, size, 2}, "keys");
+    view_.values = page_data(values_, {pages(), heads, size / 2, dim, 2}, "values");
+  } else {
+    view_.keys = page_data(keys_, {pages(), heads, dim, size}, "keys");
+    view_.values = page_data(values_, {pages(), heads, size, dim}, "values");
+  }
   view_.kv_heads = heads, view_.dim = dim, view_.page = size;
   view_.key_scales = view_.value_scales = nullptr;
-  const bool scaled = view_.type == CacheType::int8;
-  require(key_scales_.has_value() == scaled && value_scales_.has_value() == scaled,
+  require(key_scales_.has_value() == pairs && value_scales_.has_value() == pairs,
           "key_scales and value_scales belong to int8 keys and values, and to no others");
-  if (!scaled) return;
+  if (!pairs) return;
   view_.key_scales = contiguous<float>(*key_scales_, {pages(), heads, size}, "key_scales", "float32");
   view_.value_scales = contiguous<float>(*value_scales_, {pages(), heads, size}, "value_scales", "float32");
 }

@@ -16,9 +16,6 @@ TENFOLD_INLINE F32 load(const bf16* p) {
       _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
 }
 TENFOLD_INLINE F32 load_half(const uint8_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-TENFOLD_INLINE F32 load(const int8_t* p) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-}
 TENFOLD_INLINE void store(float* p, F32 x) { _mm256_storeu_ps(p, x); }
 TENFOLD_INLINE void store(half* p, F32 x) {
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -71,6 +68,20 @@ TENFOLD_INLINE void store_int8(int8_t* p, F32 x) {
   const I32 whole = _mm256_cvtps_epi32(x);
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
   _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
+}
+
+TENFOLD_INLINE void store_bits(void* p, I32 x) { _mm256_storeu_si256((__m256i*)p, x); }
+TENFOLD_INLINE void store_int16(int16_t* p, F32 x) {
+  const I32 whole = _mm256_cvtps_epi32(x);
+  _mm_storeu_si128((__m128i*)p,
+                   _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
+}
+// A lane holds a pair of 16-bit numbers: two products go to its sum.
+TENFOLD_INLINE I32 load_pairs(const int8_t* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+}
+TENFOLD_INLINE I32 add_pairs(I32 sum, I32 a, I32 b) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
 }
 
 // The sum of a group's 32 products weight x input in every lane. The weights of int4, with an offset of 16 since

@@ -18,9 +18,6 @@ TENFOLD_INLINE F32 load(const bf16* p) {
 TENFOLD_INLINE F32 load_half(const uint8_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
-TENFOLD_INLINE F32 load(const int8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-}
 TENFOLD_INLINE void store(float* p, F32 x) { _mm512_storeu_ps(p, x); }
 TENFOLD_INLINE void store(half* p, F32 x) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
@@ -60,6 +57,16 @@ TENFOLD_INLINE uint32_t largest_magnitude(F32 a, F32 b) {
 TENFOLD_INLINE void store_int8(int8_t* p, F32 x) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
 }
+
+TENFOLD_INLINE void store_bits(void* p, I32 x) { _mm512_storeu_si512(p, x); }
+TENFOLD_INLINE void store_int16(int16_t* p, F32 x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
+}
+// A lane holds a pair of 16-bit numbers: two products go to its sum.
+TENFOLD_INLINE I32 load_pairs(const int8_t* p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+}
+TENFOLD_INLINE I32 add_pairs(I32 sum, I32 a, I32 b) { return _mm512_dpwssd_epi32(sum, a, b); }
 
 // The sum of a group's 32 products weight x input in every lane. The instruction takes unsigned weights, so they
 // carry an offset, 16 for int4 and 128 for int8, and the input's bias, -16 times its sum, takes it off again.

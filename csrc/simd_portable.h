@@ -39,10 +39,6 @@ TENFOLD_INLINE F32 load_half(const uint8_t* p) {
   const U32 special = magnitude >= splat(65536.0f) ? U32{} + 0x7f800000 : U32{};
   return (F32)((U32)magnitude | special | (bits & 0x8000) << 16);
 }
-TENFOLD_INLINE F32 load(const int8_t* p) {
-  using I8 = int8_t __attribute__((vector_size(4)));
-  return __builtin_convertvector(read<I8>(p), F32);
-}
 TENFOLD_INLINE void store(float* p, F32 x) { memcpy(p, &x, sizeof x); }
 // To the nearest half, by adding to the magnitude a number whose last bit has the place of the half's.
 TENFOLD_INLINE void store(half* p, F32 x) {
@@ -79,6 +75,20 @@ TENFOLD_INLINE uint32_t largest_magnitude(F32 a, F32 b) {
 TENFOLD_INLINE void store_int8(int8_t* p, F32 x) {
   const I32 whole = to_int(round(x));
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(whole[i]);
+}
+TENFOLD_INLINE void store_bits(void* p, I32 x) { memcpy(p, &x, sizeof x); }
+TENFOLD_INLINE void store_int16(int16_t* p, F32 x) {
+  const I32 whole = to_int(round(x));
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int16_t>(whole[i]);
+}
+// A lane holds a pair of 16-bit numbers: two products go to its sum.
+TENFOLD_INLINE I32 load_pairs(const int8_t* p) {
+  using I8 = int8_t __attribute__((vector_size(8)));
+  using I16 = int16_t __attribute__((vector_size(16)));
+  return (I32)__builtin_convertvector(read<I8>(p), I16);
+}
+TENFOLD_INLINE I32 add_pairs(I32 sum, I32 a, I32 b) {
+  return sum + ((I32)((U32)a << 16) >> 16) * ((I32)((U32)b << 16) >> 16) + (a >> 16) * (b >> 16);
 }
 
 // The sum of a group's 32 products weight x input in every lane, byte by byte of the lanes.

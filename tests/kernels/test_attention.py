@@ -75,13 +75,10 @@ class Pages:
     handle: cpu.KeyValuePages = field(init=False)
 
     def __post_init__(self) -> None:
-        shape = (self.count, self.layer.kv_heads)
-        poison = 0 if self.dtype == torch.int8 else float("nan")
-        self.keys = torch.full((*shape, self.layer.dim, self.size), poison, dtype=self.dtype)
-        self.values = torch.full((*shape, self.size, self.layer.dim), poison, dtype=self.dtype)
-        scales = [torch.full((*shape, self.size), float("nan")) for _ in range(2)]
-        self.scales = scales if self.dtype == torch.int8 else []
-        self.handle = cpu.key_value_pages(self.keys, self.values, *self.scales)
+        self.arrays = cpu.empty_pages(self.count, self.layer.kv_heads, self.layer.dim, self.size, self.dtype)
+        for array in self.arrays:
+            array.fill_(float("nan") if array.is_floating_point() else 77)
+        self.handle = cpu.key_value_pages(*self.arrays)
         self.free = torch.randperm(self.count, generator=torch.Generator().manual_seed(6)).tolist()
 
     def take(self, tokens: int) -> list[int]:
@@ -246,7 +243,8 @@ def test_bad_arguments_are_refused() -> None:
     def two(tables: list[list[int]]) -> cpu.Batch:
         return cpu.batch([0, 10, 20], past=[16, 0], pages=tables)
 
-    keys, values = pages.keys, pages.values
+    keys, values = pages.arrays
+    integers = cpu.empty_pages(4, layer.kv_heads, layer.dim, 16, torch.int8)
     refusals = [
         ("needs 2 pages, got 1", lambda: call(one(table=[0]))),
         ("needs 3 pages, got 2", lambda: call(one(past=13))),
@@ -266,7 +264,8 @@ def test_bad_arguments_are_refused() -> None:
         ("same dtype", lambda: cpu.key_value_pages(keys, values.half())),
         ("values must be contiguous", lambda: cpu.key_value_pages(keys, keys)),
         ("float32, bfloat16, float16 or int8", lambda: cpu.key_value_pages(keys.double(), values.double())),
-        ("key_scales and value_scales", lambda: cpu.key_value_pages(keys.to(torch.int8), values.to(torch.int8))),
+        ("int8 keys must be", lambda: cpu.key_value_pages(integers[0][..., 0], *integers[1:])),
+        ("key_scales and value_scales", lambda: cpu.key_value_pages(*integers[:2])),
     ]
     for message, refused in refusals:
         with pytest.raises(ValueError, match=message):

@@ -216,12 +216,25 @@ def gated_delta_net(
     return out
 
 
+def empty_pages(
+    pages: int, heads: int, head_dim: int, page_size: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Arrays for `key_value_pages`, pages first, as zeros: keys, values, and for int8 their scales."""
+    if dtype != torch.int8:
+        keys, values = (pages, heads, head_dim, page_size), (pages, heads, page_size, head_dim)
+        return torch.zeros(keys, dtype=dtype), torch.zeros(values, dtype=dtype)
+    keys, values = (pages, heads, head_dim // 2, page_size, 2), (pages, heads, page_size // 2, head_dim, 2)
+    scales = (torch.zeros(pages, heads, page_size) for _ in range(2))
+    return torch.zeros(keys, dtype=dtype), torch.zeros(values, dtype=dtype), *scales
+
+
 def key_value_pages(
     keys: Tensor, values: Tensor, key_scales: Tensor | None = None, value_scales: Tensor | None = None
 ) -> KeyValuePages:
     """One layer's cache, not copied: keys `[pages, G, K, page]` and values `[pages, G, page, K]`.
 
-    A page has 16, 32 or 64 tokens; fp32, fp16, bf16, or int8 with fp32 scales `[pages, G, page]`.
+    A page has 16, 32 or 64 tokens; fp32, fp16 or bf16. In int8, keys are `[pages, G, K / 2, page, 2]`, values
+    `[pages, G, page / 2, K, 2]`, and both have fp32 scales `[pages, G, page]`.
     """
     scales = (x for x in (key_scales, value_scales) if x is not None)
     return _native().KeyValuePages(keys, values, *scales)
