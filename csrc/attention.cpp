@@ -257,16 +257,19 @@ struct Block {
 
 // Scores of `kRows` rows with kVectors * kLanes keys of a page, from `place` on.
 template <class T, int kRows, int kVectors>
-TENFOLD_INLINE void score(const Block<T>& block, const Page<T>& page, int64_t place, int64_t first_row,
-                          float* scores) {
+TENFOLD_INLINE void score(const Block<T>& block, const Page<T>& page, const Page<T>& next, int64_t place,
+                          int64_t first_row, float* scores) {
   using A = Arithmetic<T>;
   const int64_t dim = block.op.cache.dim, stride = block.op.cache.page * A::kDepth;
   const T* keys = page.keys + place * A::kDepth;
   const Factor<T>* q = block.queries + first_row * dim;
   typename A::Sum sums[kRows][kVectors] = {};
+  const int64_t to_values = page.values - page.keys, to_next = next.keys - page.keys;
   for (int64_t i = 0; i < dim; i += A::kDepth, keys += stride) {
     typename A::Sum k[kVectors];
     for (int v = 0; v < kVectors; ++v) k[v] = A::load(keys + v * kLanes * A::kDepth);
+    __builtin_prefetch(keys + to_values, 0, 2);
+    __builtin_prefetch(keys + to_next, 0, 2);
     for (int r = 0; r < kRows; ++r) {
       const auto x = A::splat(q + r * dim + i);
       for (int v = 0; v < kVectors; ++v) sums[r][v] = A::add(sums[r][v], x, k[v]);
@@ -289,14 +292,14 @@ template <class T, int kRows>
 void score_rows(const Block<T>& block, int64_t first_row, int64_t keys) {
   const int64_t size = block.op.cache.page;
   for (int64_t first = 0; first < keys; first += size) {
-    const Page<T> page = block.page(first);
+    const Page<T> page = block.page(first), next = first + size < keys ? block.page(first + size) : page;
     const int64_t end = least(size, keys - first);
     for (int64_t place = 0; place < end; place += 2 * kLanes) {
       float* scores = block.scores + first + place;
       if (place + kLanes < end) {
-        score<T, kRows, 2>(block, page, place, first_row, scores);
+        score<T, kRows, 2>(block, page, next, place, first_row, scores);
       } else {
-        score<T, kRows, 1>(block, page, place, first_row, scores);
+        score<T, kRows, 1>(block, page, next, place, first_row, scores);
       }
     }
   }
