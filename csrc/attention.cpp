@@ -5,54 +5,16 @@
 // bits whether its blocks are spread over threads, as for a few queries with much behind them, or its thread
 // walks them all, and whatever queries it shares a tile with.
 
+#include "attention_block.h"
 #include "scratch.h"
-#include "simd.h"
 
 namespace tenfold::TENFOLD_ISA {
 namespace {
 
-constexpr int64_t kBlockKeys = 256;
 constexpr int64_t kTileRows = 64;      // pairs of token and head that walk the keys together
 constexpr int64_t kAppendTokens = 32;  // a cache line of a key's tokens in half precision
-constexpr int kRowStep = kRegisters / 4;
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : least(x, high); }
 float* row(const Rows& rows, int64_t i) { return static_cast<float*>(rows.data) + i * rows.stride; }
-
-// How keys and values of a type are multiplied with factors, that is queries and weights. kDepth of them make one
-// step of a sum.
-template <class T>
-struct Arithmetic {
-  using Factor = float;
-  using Sum = F32;
-  static constexpr int64_t kDepth = 1;
-  static constexpr bool kScaled = false;
-  TENFOLD_INLINE static F32 load(const T* p) { return TENFOLD_ISA::load(p); }
-  TENFOLD_INLINE static F32 splat(const float* p) { return TENFOLD_ISA::splat(*p); }
-  TENFOLD_INLINE static F32 add(F32 sum, F32 a, F32 b) { return fma(a, b, sum); }
-  TENFOLD_INLINE static F32 load_sum(const float* p) { return TENFOLD_ISA::load(p); }
-  TENFOLD_INLINE static void store_sum(float* p, F32 sum) { store(p, sum); }
-};
-
-// Factors have 16 bits here: a sum of 512 products of those with 8 bits still fits 32. It is exact.
-template <>
-struct Arithmetic<int8_t> {
-  using Factor = int16_t;
-  using Sum = I32;
-  static constexpr int64_t kDepth = 2;
-  static constexpr bool kScaled = true;
-  TENFOLD_INLINE static I32 load(const int8_t* p) { return load_pairs(p); }
-  TENFOLD_INLINE static I32 splat(const int16_t* p) { return splat_bits(p); }
-  TENFOLD_INLINE static I32 add(I32 sum, I32 a, I32 b) { return add_pairs(sum, a, b); }
-  TENFOLD_INLINE static I32 load_sum(const float* p) { return load_bits(p); }
-  TENFOLD_INLINE static void store_sum(float* p, I32 sum) { store_bits(p, sum); }
-};
-
-template <class T>
-using Factor = typename Arithmetic<T>::Factor;
-template <class T>
-constexpr bool kScaled = Arithmetic<T>::kScaled;
 
 // Tokens of one sequence: rows first .. first + count - 1 of the step, at `position` and on.
 struct Tile {
@@ -89,50 +51,42 @@ class Tiles {
   int64_t size_;
 };
 
-// What a block of keys, or all of them so far, has given to some rows.
-struct Sums {
-  float *most, *total;  // the largest score, and the sum of exp(score - most)
-  float* values;        // [rows, K], weighted alike
-
-  Sums from(int64_t row, int64_t dim) const { return {most + row, total + row, values + row * dim}; }
-};
-
 struct Plan {
   Plan(const Attention& op, void* scratch) : memory(scratch), tiles(op.sequences, tile_tokens(op)) {
     shared = op.heads / op.cache.kv_heads;
-    rows = tile_tokens(op) * shared;
     for (int64_t n = 0; n < op.sequences.count; ++n) {
-      const int64_t end = op.sequences.past[n] + op.sequences.bounds[n + 1] - op.sequences.bounds[n];
-      blocks = blocks < blocks_before(end) ? blocks_before(end) : blocks;
+      const int64_t tokens = op.sequences.bounds[n + 1] - op.sequences.bounds[n];
+      blocks = most(blocks, blocks_before(op.sequences.past[n] + tokens));
+      rows = most(rows, least(tokens, tile_tokens(op)) * shared);
     }
     walks = tiles.count() * op.cache.kv_heads;
-    split = walks < 2 * op.threads;
+    const bool split = walks && walks < 2 * op.threads;
+    wave = split ? least(blocks, 8 * op.threads / walks + 1) : 0;
     queries = memory.take<float>(op.q.rows * op.heads * op.cache.dim);
     query_scales = memory.take<float>(op.q.rows * op.heads);
     scores = memory.take<float>(op.threads * kRowStep * kBlockKeys);
     weights = memory.take<int16_t>(op.threads * kRowStep * kBlockKeys);
-    so_far = take_sums(op.threads * rows, op.cache.dim);
-    parts = take_sums((split ? walks * blocks : op.threads) * rows, op.cache.dim);
+    so_far = take_sums((split ? walks : op.threads) * rows, op.cache.dim);
+    parts = take_sums((split ? walks * wave : op.threads) * rows, op.cache.dim);
   }
 
   static int64_t tile_tokens(const Attention& op) {
-    const int64_t tokens = kTileRows * op.cache.kv_heads / op.heads;
-    return tokens ? tokens : 1;
+    return most(kTileRows * op.cache.kv_heads / op.heads, 1);
   }
   static int64_t blocks_before(int64_t position) { return (position + kBlockKeys - 1) / kBlockKeys; }
 
   Sums take_sums(int64_t count, int64_t dim) {
-    float* most = memory.take<float>(count);
+    float* largest = memory.take<float>(count);
     float* total = memory.take<float>(count);
-    return {most, total, memory.take<float>(count * dim)};
+    return {largest, total, memory.take<float>(count * dim)};
   }
 
   Scratch memory;
   Tiles tiles;
-  int64_t shared, rows;  // heads per key head, rows of a tile
-  int64_t blocks = 0;    // that the longest sequence has
-  int64_t walks;         // a tile with one key head each
-  bool split;            // whether a walk's blocks are spread over threads
+  int64_t shared;                // heads per key head
+  int64_t rows = 0, blocks = 0;  // of the longest tile and sequence
+  int64_t walks;                 // a tile with one key head each
+  int64_t wave;  // how many blocks of every walk threads share at a time; 0: a walk is one thread's
   float *queries, *query_scales, *scores;  // queries are int16 where keys are int8
   int16_t* weights;
   Sums so_far, parts;
@@ -152,50 +106,6 @@ void normalize_and_rotate(const Attention& op, const float* x, const float* weig
     y[half + i] = b * cos[i] + a * sin[i];
   }
 }
-
-template <class T>
-float round_to(const float* x, int64_t count, T* to) {
-  for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(x + i));
-  return 1.0f;
-}
-
-// To integers of magnitude `largest_integer` at most, stored by `store_integers`; returns their unit. It is NaN
-// where any x is.
-template <class T, class F>
-float quantize(const float* x, int64_t count, float largest_integer, T* to, const F& store_integers) {
-  F32 most = splat(0), bad = splat(0);
-  for (int64_t i = 0; i < count; i += kLanes) {
-    most = max(max(load(x + i), splat(0) - load(x + i)), most);
-    bad = fma(load(x + i), splat(0), bad);
-  }
-  const float unit = largest(most) / largest_integer, inverse = unit > 0.0f ? 1.0f / unit : 0.0f;
-  for (int64_t i = 0; i < count; i += kLanes) store_integers(to + i, load(x + i) * splat(inverse));
-  return unit + sum(bad);
-}
-
-float round_to(const float* x, int64_t count, int8_t* to) {
-  return quantize(x, count, 127.0f, to, [](int8_t* p, F32 integers) { store_int8(p, integers); });
-}
-
-float round_to(const float* x, int64_t count, int16_t* to) {
-  return quantize(x, count, 32767.0f, to, [](int16_t* p, F32 integers) { store_int16(p, integers); });
-}
-
-// Where one head of one page lies in the cache.
-template <class T>
-struct Page {
-  Page(const PagedCache& cache, int64_t page, int64_t head) {
-    const int64_t at = page * cache.kv_heads + head;
-    keys = static_cast<T*>(cache.keys) + at * cache.dim * cache.page;
-    values = static_cast<T*>(cache.values) + at * cache.dim * cache.page;
-    if constexpr (kScaled<T>) {
-      key_scales = cache.key_scales + at * cache.page;
-      value_scales = cache.value_scales + at * cache.page;
-    }
-  }
-  T *keys, *values;
-  float *key_scales, *value_scales;  // where T is int8
-};
 
 // A token's key or value, rounded, as seen from its place in the page.
 template <class T>
@@ -237,195 +147,6 @@ void prepare_token(const Attention& op, const Plan& plan, int64_t token, int64_t
   }
 }
 
-// Some rows of a tile against one block of keys. Rows stand token by token, `shared` heads each.
-template <class T>
-struct Block {
-  const Attention& op;
-  const Factor<T>* queries;  // [rows, K]
-  const float* query_scales;
-  int64_t rows, shared;
-  int64_t position;      // of the first row's token, counted from the block's first key
-  const int32_t* pages;  // from the block's first key on
-  int64_t head;
-  float* scores;     // kRowStep rows of kBlockKeys, which become weights,
-  int16_t* weights;  // and integers where keys are
-
-  // How many of the block's keys a row may look at.
-  int64_t visible(int64_t row) const { return clamp(position + row / shared + 1, 0, kBlockKeys); }
-  Page<T> page(int64_t key) const { return {op.cache, pages[key / op.cache.page], head}; }
-};
-
-// Scores of `kRows` rows with kVectors * kLanes keys of a page, from `place` on.
-template <class T, int kRows, int kVectors>
-TENFOLD_INLINE void score(const Block<T>& block, const Page<T>& page, const Page<T>& next, int64_t place,
-                          int64_t first_row, float* scores) {
-  using A = Arithmetic<T>;
-  const int64_t dim = block.op.cache.dim, stride = block.op.cache.page * A::kDepth;
-  const T* keys = page.keys + place * A::kDepth;
-  const Factor<T>* q = block.queries + first_row * dim;
-  typename A::Sum sums[kRows][kVectors] = {};
-  const int64_t to_values = page.values - page.keys, to_next = next.keys - page.keys;
-  for (int64_t i = 0; i < dim; i += A::kDepth, keys += stride) {
-    typename A::Sum k[kVectors];
-    for (int v = 0; v < kVectors; ++v) k[v] = A::load(keys + v * kLanes * A::kDepth);
-    __builtin_prefetch(keys + to_values, 0, 2);
-    __builtin_prefetch(keys + to_next, 0, 2);
-    for (int r = 0; r < kRows; ++r) {
-      const auto x = A::splat(q + r * dim + i);
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = A::add(sums[r][v], x, k[v]);
-    }
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      float* to = scores + r * kBlockKeys + v * kLanes;
-      if constexpr (kScaled<T>) {
-        const F32 unit = load(page.key_scales + place + v * kLanes) * splat(block.query_scales[first_row + r]);
-        store(to, to_float(sums[r][v]) * unit);
-      } else {
-        store(to, sums[r][v]);
-      }
-    }
-  }
-}
-
-template <class T, int kRows>
-void score_rows(const Block<T>& block, int64_t first_row, int64_t keys) {
-  const int64_t size = block.op.cache.page;
-  for (int64_t first = 0; first < keys; first += size) {
-    const Page<T> page = block.page(first), next = first + size < keys ? block.page(first + size) : page;
-    const int64_t end = least(size, keys - first);
-    for (int64_t place = 0; place < end; place += 2 * kLanes) {
-      float* scores = block.scores + first + place;
-      if (place + kLanes < end) {
-        score<T, kRows, 2>(block, page, next, place, first_row, scores);
-      } else {
-        score<T, kRows, 1>(block, page, next, place, first_row, scores);
-      }
-    }
-  }
-}
-
-// Scores become exp(score - most).
-void soften(float* scores, int64_t keys, float& most, float& total) {
-  const int64_t end = (keys + kLanes - 1) / kLanes * kLanes;
-  for (int64_t i = keys; i < end; ++i) scores[i] = -__builtin_inff();
-  F32 peak = load(scores), sums = splat(0);
-  for (int64_t i = kLanes; i < end; i += kLanes) peak = max(load(scores + i), peak);
-  most = largest(peak);
-  for (int64_t i = 0; i < end; i += kLanes) {
-    const F32 weight = exp(load(scores + i) - splat(most));
-    sums = sums + weight;
-    store(scores + i, weight);
-  }
-  total = sum(sums);
-}
-
-// sums += weights times a page's values from key `begin` to `end`, kVectors * kLanes columns at a time.
-template <class T, int kRows, int kVectors>
-TENFOLD_INLINE void add_columns(const T* values, int64_t dim, const Factor<T>* weights, int64_t begin, int64_t end,
-                                float* to) {
-  using A = Arithmetic<T>;
-  for (int64_t i = 0; i < dim; i += kVectors * kLanes) {
-    typename A::Sum sums[kRows][kVectors];
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = A::load_sum(to + r * dim + i + v * kLanes);
-    }
-    for (int64_t key = begin; key < end; key += A::kDepth) {
-      typename A::Sum x[kVectors];
-      for (int v = 0; v < kVectors; ++v) x[v] = A::load(values + key * dim + (i + v * kLanes) * A::kDepth);
-      for (int r = 0; r < kRows; ++r) {
-        const auto weight = A::splat(weights + r * kBlockKeys + key);
-        for (int v = 0; v < kVectors; ++v) sums[r][v] = A::add(sums[r][v], weight, x[v]);
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) A::store_sum(to + r * dim + i + v * kLanes, sums[r][v]);
-    }
-  }
-}
-
-template <class T, int kRows>
-void add_page(const Block<T>& block, const Page<T>& page, const Factor<T>* weights, int64_t begin, int64_t end,
-              float* to) {
-  const int64_t dim = block.op.cache.dim;
-  if (dim % (2 * kLanes) == 0) {
-    add_columns<T, kRows, 2>(page.values, dim, weights, begin, end, to);
-  } else {
-    add_columns<T, kRows, 1>(page.values, dim, weights, begin, end, to);
-  }
-}
-
-// The rows see a page in common, or its end is cut at a place of each row's own.
-template <class T, int kRows>
-void weigh_rows(const Block<T>& block, int64_t first_row, float* to) {
-  const int64_t size = block.op.cache.page, dim = block.op.cache.dim;
-  const int64_t common = block.visible(first_row), all = block.visible(first_row + kRows - 1);
-  memset(to, 0, static_cast<size_t>(kRows * dim) * sizeof(float));
-  for (int64_t first = 0; first < all; first += size) {
-    const Page<T> page = block.page(first);
-    const int64_t end = clamp(common - first, 0, size);
-    add_page<T, kRows>(block, page, block.scores + first, 0, end, to);
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t own = clamp(block.visible(first_row + r) - first, end, size);
-      add_page<T, 1>(block, page, block.scores + r * kBlockKeys + first, end, own, to + r * dim);
-    }
-  }
-}
-
-// The weights of one row, times the values' scales, as integers: zero for what it may not look at.
-template <class T>
-float round_weights(const Block<T>& block, int64_t visible, float* scores, int16_t* weights) {
-  const int64_t size = block.op.cache.page;
-  for (int64_t first = 0; first < visible; first += size) {
-    const Page<T> page = block.page(first);
-    const int64_t end = least(size, visible - first);
-    for (int64_t key = 0; key < end; ++key) scores[first + key] *= page.value_scales[key];
-  }
-  for (int64_t key = visible; key < kBlockKeys; ++key) scores[key] = 0;
-  return round_to(scores, kBlockKeys, weights);
-}
-
-// Rows may look beyond what they see here: nothing times a weight of zero is nothing.
-template <int kRows>
-void weigh_rows(const Block<int8_t>& block, int64_t first_row, float* to) {
-  const int64_t size = block.op.cache.page, dim = block.op.cache.dim;
-  const int64_t all = block.visible(first_row + kRows - 1);
-  float units[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    units[r] = round_weights(block, block.visible(first_row + r), block.scores + r * kBlockKeys,
-                             block.weights + r * kBlockKeys);
-  }
-  memset(to, 0, static_cast<size_t>(kRows * dim) * sizeof(float));
-  for (int64_t first = 0; first < all; first += size) {
-    add_page<int8_t, kRows>(block, block.page(first), block.weights + first, 0, least(size, all - first), to);
-  }
-  for (int r = 0; r < kRows; ++r, to += dim) {
-    for (int64_t i = 0; i < dim; i += kLanes) store(to + i, to_float(load_bits(to + i)) * splat(units[r]));
-  }
-}
-
-template <class T, int kRows>
-void attend_rows(const Block<T>& block, int64_t first_row, const Sums& sums) {
-  score_rows<T, kRows>(block, first_row, block.visible(first_row + kRows - 1));
-  for (int r = 0; r < kRows; ++r) {
-    soften(block.scores + r * kBlockKeys, block.visible(first_row + r), sums.most[r], sums.total[r]);
-  }
-  if constexpr (kScaled<T>) {
-    weigh_rows<kRows>(block, first_row, sums.values);
-  } else {
-    weigh_rows<T, kRows>(block, first_row, sums.values);
-  }
-}
-
-template <class T, int kRows>
-void attend(const Block<T>& block, int64_t first_row, const Sums& sums) {
-  const int64_t dim = block.op.cache.dim;
-  for (; first_row + kRows <= block.rows; first_row += kRows) {
-    attend_rows<T, kRows>(block, first_row, sums.from(first_row, dim));
-  }
-  if constexpr (kRows > 1) attend<T, kRows / 2>(block, first_row, sums);
-}
-
 // One tile with one key head.
 template <class T>
 struct Walk {
@@ -464,9 +185,9 @@ struct Walk {
         memcpy(a.values, b.values, static_cast<size_t>(dim) * sizeof(float));
         continue;
       }
-      const float most = *a.most > *b.most ? *a.most : *b.most;
-      const float old = __builtin_expf(*a.most - most), fresh = __builtin_expf(*b.most - most);
-      *a.most = most;
+      const float peak = *a.most > *b.most ? *a.most : *b.most;
+      const float old = __builtin_expf(*a.most - peak), fresh = __builtin_expf(*b.most - peak);
+      *a.most = peak;
       *a.total = *a.total * old + *b.total * fresh;
       for (int64_t i = 0; i < dim; i += kLanes) {
         store(a.values + i, fma(load(b.values + i), splat(fresh), load(a.values + i) * splat(old)));
@@ -511,26 +232,28 @@ void walk_whole(const Attention& op, const Plan& plan) {
       op.threads);
 }
 
+// Blocks first .. first + count - 1 of all walks.
 template <class T>
-void walk_split(const Attention& op, const Plan& plan) {
+void walk_wave(const Attention& op, const Plan& plan, int64_t first, int64_t count) {
   const auto part = [&](int64_t walk, int64_t block) {
-    return plan.parts.from((walk * plan.blocks + block) * plan.rows, op.cache.dim);
+    return plan.parts.from((walk * plan.wave + block - first) * plan.rows, op.cache.dim);
   };
   parallel_for(
-      plan.walks * plan.blocks,
+      plan.walks * count,
       [&](int64_t task, int thread) {
-        const int64_t number = task / plan.blocks, block = task % plan.blocks;
+        const int64_t number = task / count, block = first + task % count;
         const Walk<T> walk(op, plan, number);
         if (block < walk.blocks()) walk.attend_block(block, thread, part(number, block));
       },
       op.threads);
   parallel_for(
       plan.walks,
-      [&](int64_t task, int thread) {
+      [&](int64_t task, int) {
         const Walk<T> walk(op, plan, task);
-        const Sums so_far = plan.so_far.from(thread * plan.rows, op.cache.dim);
-        for (int64_t b = 0; b < walk.blocks(); ++b) walk.merge(b, part(task, b), so_far);
-        walk.finish(so_far);
+        const Sums so_far = plan.so_far.from(task * plan.rows, op.cache.dim);
+        const int64_t end = least(first + count, walk.blocks());
+        for (int64_t b = first; b < end; ++b) walk.merge(b, part(task, b), so_far);
+        if (first < end && end == walk.blocks()) walk.finish(so_far);
       },
       op.threads);
 }
@@ -548,7 +271,10 @@ void run(const Attention& op) {
         }
       },
       op.threads);
-  plan.split ? walk_split<T>(op, plan) : walk_whole<T>(op, plan);
+  if (!plan.wave) return walk_whole<T>(op, plan);
+  for (int64_t first = 0; first < plan.blocks; first += plan.wave) {
+    walk_wave<T>(op, plan, first, least(plan.wave, plan.blocks - first));
+  }
 }
 
 }  // namespace

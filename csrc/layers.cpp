@@ -224,8 +224,9 @@ KeyValuePages::KeyValuePages(Output keys, Output values, std::optional<Output> k
       value_scales_(std::move(value_scales)) {
   view_.type = cache_type(keys_);
   const bool pairs = view_.type == CacheType::int8;
-  require(keys_.ndim() == (pairs ? 5 : 4), pairs ? "int8 keys must be [pages, heads, head dim / 2, page size, 2]"
-                                                : "keys must be [pages, heads, head dim, page size]");
+  require(keys_.ndim() == (pairs ? 5 : 4),
+          pairs ? "int8 keys must be [pages, heads, head dim / 2, page size, 2]"
+                : "keys must be [pages, heads, head dim, page size]");
   const auto heads = static_cast<int64_t>(keys_.shape(1)), size = static_cast<int64_t>(keys_.shape(3));
   const int64_t dim = static_cast<int64_t>(keys_.shape(2)) * (pairs ? 2 : 1);
   require(heads >= 1, "keys must have one head at least");
