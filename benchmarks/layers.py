@@ -105,12 +105,13 @@ def attention_cases(isas: list[str], tokens: int, past: int, types: list[str]) -
     weight = cpu.norm_weight(norm, EPS, zero_centered=True)
     q, k, v = (torch.randn(total, n * HEAD_DIM) for n in (2 * HEADS, KV_HEADS, KV_HEADS))
     rotation = rotary_table(torch.arange(total), 1e7 ** -torch.arange(0, 1, 2 / ROTATED))
-    new, new_rotation = [x[past:] for x in (q, k, v)], tuple(x[past:] for x in rotation)
+    new_q, new_k, new_v = q[past:], k[past:], v[past:]
+    new_rotation, old_rotation = ((rotation[0][s], rotation[1][s]) for s in (slice(past, None), slice(past)))
     cached = rotary(rms_norm(k.unflatten(-1, (-1, HEAD_DIM)), norm, EPS, True), *rotation)
     values = v.unflatten(-1, (-1, HEAD_DIM))
 
     def peer(_: int) -> Tensor:
-        query, gate = new[0].unflatten(-1, (HEADS, -1)).chunk(2, -1)
+        query, gate = new_q.unflatten(-1, (HEADS, -1)).chunk(2, -1)
         query = rotary(rms_norm(query, norm, EPS, True), *new_rotation)
         y = attention(query[None], cached[None], values[None])[0]
         return (y * gate.sigmoid()).flatten(-2)
@@ -129,11 +130,11 @@ def attention_cases(isas: list[str], tokens: int, past: int, types: list[str]) -
         def native(
             _: int, pages: cpu.KeyValuePages = pages, batch: cpu.Batch = batch, arrays: object = arrays
         ) -> Tensor:
-            return cpu.attention(*new, weight, weight, pages, batch, gated=True)
+            return cpu.attention(new_q, new_k, new_v, weight, weight, pages, batch, gated=True)
 
         if past:
-            before = cpu.batch([0, past], past=[0], pages=[table], rotation=tuple(x[:past] for x in rotation))
-            cpu.attention(*(x[:past] for x in (q, k, v)), weight, weight, pages, before, gated=True)
+            before = cpu.batch([0, past], past=[0], pages=[table], rotation=old_rotation)
+            cpu.attention(q[:past], k[:past], v[:past], weight, weight, pages, before, gated=True)
         for isa in isas:
             cpu.use_isa(isa)
             check(f"{name} {type}", native(0), right, ERRORS[type])
@@ -164,8 +165,9 @@ def measure(cases: list[Case], options: Options) -> None:
 
 
 def report(cases: list[Case], read_gb_s: float, gflops: float) -> None:
-    header = f"{'':28} {'isa':9} {'median us':>10} {'spread':>7} {'GFLOP/s':>8} {'GB/s':>6} {'of limit':>9} {'of torch':>9}"
-    print(header)
+    print(
+        f"{'':28} {'isa':9} {'median us':>10} {'spread':>7} {'GFLOP/s':>8} {'GB/s':>6} {'of limit':>9} {'of torch':>9}"
+    )
     peer = 0.0
     for case in cases:
         median, quarters = statistics.median(case.seconds), statistics.quantiles(case.seconds, n=4)

@@ -1,9 +1,10 @@
-"""Attention over pages: right against float64, and the same bits in decode and prefill, whatever the company."""
+"""Attention over pages: right against float64; decode and prefill give the same bits, whatever the company."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 import torch
@@ -85,15 +86,14 @@ class Pages:
         return [self.free.pop() for _ in range(-(-tokens // self.size))]
 
 
-def run(
-    pages: Pages, inputs: Sequence[Tensor], bounds: list[int], past: list[int], tables: list[list[int]]
-) -> Tensor:
+def run(pages: Pages, inputs: Sequence[Tensor], bounds: list[int], past: list[int], tables: list[list[int]]) -> Tensor:
     layer = pages.layer
-    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(bounds)]
     positions = torch.cat([torch.arange(p, p + n) for p, n in zip(past, lengths, strict=True)])
     batch = cpu.batch(bounds, past=past, pages=tables, rotation=layer.rotation(positions))
     norms = [cpu.norm_weight(w, EPS, zero_centered=True) for w in layer.norms()]
-    return cpu.attention(*inputs, norms[0], norms[1], pages.handle, batch, layer.gated)
+    q, k, v = inputs
+    return cpu.attention(q, k, v, norms[0], norms[1], pages.handle, batch, layer.gated)
 
 
 def in_pieces(pages: Pages, inputs: Sequence[Tensor], sizes: Sequence[int], table: list[int]) -> Tensor:
@@ -135,7 +135,11 @@ def test_a_prompt_is_near_float64(isa: str, layer: Layer, tokens: int) -> None:
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_every_type_of_cache(isa: str, layer: Layer, dtype: torch.dtype, size: int) -> None:
     tokens = 300
-    pages, inputs, right = Pages(layer, dtype, size), layer.inputs(tokens), expected(layer, layer.inputs(tokens))
+    pages, inputs, right = (
+        Pages(layer, dtype, size),
+        layer.inputs(tokens),
+        expected(layer, layer.inputs(tokens)),
+    )
     y = in_pieces(pages, inputs, [200, 99, 1], pages.take(tokens))
     assert (y - right).abs().max() <= TOLERANCE[dtype] * right.abs().max()
 
@@ -244,6 +248,7 @@ def test_bad_arguments_are_refused() -> None:
         return cpu.batch([0, 10, 20], past=[16, 0], pages=tables)
 
     keys, values = pages.arrays
+    wide = torch.ones(20, 32)
     integers = cpu.empty_pages(4, layer.kv_heads, layer.dim, 16, torch.int8)
     refusals = [
         ("needs 2 pages, got 1", lambda: call(one(table=[0]))),
@@ -258,8 +263,14 @@ def test_bad_arguments_are_refused() -> None:
         ("k must be float32", lambda: call(one(), k=v[:5])),
         ("q must have", lambda: call(one(), q=q[:, :80])),
         ("head dim", lambda: call(one(), norm=short)),
-        ("cos must be contiguous float32", lambda: cpu.batch([0, 20], rotation=layer.rotation(torch.arange(3)))),
-        ("turn more than", lambda: call(cpu.batch([0, 20], rotation=(torch.ones(20, 32),) * 2, past=[0], pages=[[0, 1]]))),
+        (
+            "cos must be contiguous float32",
+            lambda: cpu.batch([0, 20], rotation=layer.rotation(torch.arange(3))),
+        ),
+        (
+            "turn more than",
+            lambda: call(cpu.batch([0, 20], rotation=(wide, wide), past=[0], pages=[[0, 1]])),
+        ),
         ("16, 32 or 64 tokens, got 8", lambda: cpu.key_value_pages(keys[..., :8].contiguous(), values)),
         ("same dtype", lambda: cpu.key_value_pages(keys, values.half())),
         ("values must be contiguous", lambda: cpu.key_value_pages(keys, keys)),

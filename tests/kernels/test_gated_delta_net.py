@@ -82,7 +82,8 @@ LAYERS = [
 def run(layer: Layer, inputs: Sequence[Tensor], states: Sequence[Tensor], slot: int = 0) -> Tensor:
     """One sequence in one call; its state in the slot advances."""
     batch = cpu.batch([0, len(inputs[0])], [slot])
-    return cpu.gated_delta_net(*inputs, layer.weights(), cpu.recurrent_states(*states), batch)
+    (qkvz, ba), (conv, recurrent) = inputs, states
+    return cpu.gated_delta_net(qkvz, ba, layer.weights(), cpu.recurrent_states(conv, recurrent), batch)
 
 
 def expected(layer: Layer, inputs: Sequence[Tensor], states: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,9 +141,7 @@ def test_company_and_slots_do_not_matter(isa: str) -> None:
     inputs, together, alone = layer.inputs(sum(lengths)), layer.states(6), layer.states(6)
     cpu.set_threads(2)
     bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    y = cpu.gated_delta_net(
-        *inputs, layer.weights(), cpu.recurrent_states(*together), cpu.batch(bounds, slots)
-    )
+    y = cpu.gated_delta_net(*inputs, layer.weights(), cpu.recurrent_states(*together), cpu.batch(bounds, slots))
     pieces = zip(*(x.split(lengths) for x in inputs), slots, strict=True)
     assert torch.equal(torch.cat([run(layer, piece, alone, slot) for *piece, slot in pieces]), y)
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
@@ -161,9 +160,7 @@ def test_a_bad_token_spoils_its_own_sequence_alone(isa: str) -> None:
     inputs, states = layer.inputs(8), layer.states(2)
     right = run(layer, [x[4:] for x in inputs], layer.states(2), 1)
     inputs[0][2] = float("nan")
-    y = cpu.gated_delta_net(
-        *inputs, layer.weights(), cpu.recurrent_states(*states), cpu.batch([0, 4, 8], [0, 1])
-    )
+    y = cpu.gated_delta_net(*inputs, layer.weights(), cpu.recurrent_states(*states), cpu.batch([0, 4, 8], [0, 1]))
     assert y[2:4].isnan().all() and not y[:2].isnan().any()
     assert torch.equal(y[4:], right) and sum(lengths) == len(y)
 
@@ -180,7 +177,10 @@ def test_extreme_gates_stay_finite(isa: str) -> None:
 def test_nothing_to_do(isa: str) -> None:
     layer = LAYERS[1]
     weights, states = layer.weights(), cpu.recurrent_states(*layer.states(1))
-    assert cpu.gated_delta_net(*layer.inputs(0), weights, states, cpu.batch([0], [])).shape == (0, layer.values)
+    assert cpu.gated_delta_net(*layer.inputs(0), weights, states, cpu.batch([0], [])).shape == (
+        0,
+        layer.values,
+    )
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -188,12 +188,27 @@ def test_bad_arguments_are_refused() -> None:
     inputs, weights, states = layer.inputs(3), layer.weights(), cpu.recurrent_states(*layer.states(2))
     batch = cpu.batch([0, 2, 3], [1, 0])
     refusals = [
-        ("qkvz must be float32", lambda: cpu.gated_delta_net(inputs[0][:2], inputs[1], weights, states, batch)),
-        ("qkvz must be float32", lambda: cpu.gated_delta_net(inputs[0].bfloat16(), inputs[1], weights, states, batch)),
+        (
+            "qkvz must be float32",
+            lambda: cpu.gated_delta_net(inputs[0][:2], inputs[1], weights, states, batch),
+        ),
+        (
+            "qkvz must be float32",
+            lambda: cpu.gated_delta_net(inputs[0].bfloat16(), inputs[1], weights, states, batch),
+        ),
         ("ba must be float32", lambda: cpu.gated_delta_net(inputs[0], inputs[0], weights, states, batch)),
-        ("2 sequences and 0 slots", lambda: cpu.gated_delta_net(*inputs, weights, states, cpu.batch([0, 2, 3]))),
-        ("2 slots, got number 2", lambda: cpu.gated_delta_net(*inputs, weights, states, cpu.batch([0, 2, 3], [2, 0]))),
-        ("got number -1", lambda: cpu.gated_delta_net(*inputs, weights, states, cpu.batch([0, 2, 3], [-1, 0]))),
+        (
+            "2 sequences and 0 slots",
+            lambda: cpu.gated_delta_net(*inputs, weights, states, cpu.batch([0, 2, 3])),
+        ),
+        (
+            "2 slots, got number 2",
+            lambda: cpu.gated_delta_net(*inputs, weights, states, cpu.batch([0, 2, 3], [2, 0])),
+        ),
+        (
+            "got number -1",
+            lambda: cpu.gated_delta_net(*inputs, weights, states, cpu.batch([0, 2, 3], [-1, 0])),
+        ),
         ("share slot 1", lambda: cpu.gated_delta_net(*inputs, weights, states, cpu.batch([0, 2, 3], [1, 1]))),
         ("conv state must be", lambda: cpu.gated_delta_net(*inputs, weights, recurrent_of(other), batch)),
         ("bounds must rise strictly", lambda: cpu.batch([0, 2, 2], [0, 1])),
@@ -203,7 +218,10 @@ def test_bad_arguments_are_refused() -> None:
         ("multiple of 16, got 8", lambda: Layer(value_dim=8).weights()),
         ("width must be 1 to 8, got 9", lambda: Layer(width=9).weights()),
         ("multiple of key heads, got 4 and 3", lambda: Layer(key_heads=3).weights()),
-        ("no gradients", lambda: cpu.gated_delta_net(inputs[0].requires_grad_(), inputs[1], weights, states, batch)),
+        (
+            "no gradients",
+            lambda: cpu.gated_delta_net(inputs[0].requires_grad_(), inputs[1], weights, states, batch),
+        ),
     ]
     for message, call in refusals:
         with pytest.raises(ValueError, match=message):

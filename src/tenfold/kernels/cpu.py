@@ -275,7 +275,9 @@ def rms_norm(x: Tensor, weight: NormWeight, delta: Tensor | None = None) -> Tens
     return out
 
 
-def route(logits: Tensor, k: int, normalize: bool, shared_gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def route(
+    logits: Tensor, k: int, normalize: bool, shared_gate: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Experts of each token from fp32 logits `[T, E]`: weights fp32 and numbers int32 `[T, k]`, the largest first.
 
     Softmax over all experts, renormalised over the k if asked; of equal logits the lower number wins. With
