@@ -181,11 +181,17 @@ TENFOLD_INLINE void write_state(float* state, int64_t dim, F32 decay, const floa
   }
 }
 
+// Decoding reads a state from memory: the rows after these are on their way while these are computed.
+void fetch_state(const float* state, int64_t dim) {
+  for (int64_t i = 0; i < kLanes * dim; i += 16) __builtin_prefetch(state + i);
+}
+
 // One value head over a block: outputs take the place of the values.
 void recur(const Head& h, int64_t shared, int64_t count) {
   const int64_t dim = h.layer.key_dim, value_dim = h.layer.value_dim;
   for (int64_t v = 0; v < value_dim; v += kLanes) {
     float* state = h.state(shared) + v * dim;
+    if (v + kLanes < value_dim) fetch_state(state + kLanes * dim, dim);
     for (int64_t t = 0; t < count; ++t) {
       const float *q = h.mixed(t), *k = q + dim;
       float* value = h.mixed(t) + 2 * dim + shared * value_dim + v;
