@@ -18,9 +18,9 @@ help:  ## what can be made
 
 setup: $(READY)  ## install everything into .venv
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	@test -n "$(PYTHON)" || { echo "tenfold needs Python 3.11, 3.12 or 3.13; none found (python3 is $$(python3 -V 2>&1)). Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
-	@echo "Installing Tenfold and torch into .venv; this takes a few minutes, once."
+	@echo "Installing Tenfold and torch into .venv and compiling the kernels; this takes a few minutes, once."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "$(PYTHON) could not make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; rm -rf .venv; exit 1; }
 	@$(BIN)/python -c 'import sys, importlib.metadata as m; sys.exit("$(TORCH)" != "torch==" + m.version("torch").split("+")[0])' 2>/dev/null || \
 	    $(PIP) --no-deps --retries 0 --index-url $(TORCH_INDEX) $(TORCH) 2>/dev/null || $(PIP) $(TORCH)
@@ -37,11 +37,13 @@ check: $(READY)  ## formatting, lint, types, layering
 	@$(BIN)/ruff format --check --quiet --output-format concise
 	@$(BIN)/ruff check --quiet --output-format concise
 	@$(BIN)/pyright --level error
+	@$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
 	@$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_layering.py
 
 format: $(READY)  ## format and sort imports
 	@$(BIN)/ruff check -q --fix --select I
 	@$(BIN)/ruff format -q
+	@$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
 
 clean:  ## remove what tools left behind; keeps .venv and runs
 	@rm -rf .pytest_cache .ruff_cache .hypothesis build dist

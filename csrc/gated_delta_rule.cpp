@@ -1,0 +1,261 @@
+// Gated DeltaNet between its projections, token by token.
+//
+// Each task is one key head of one sequence. It goes through the tokens in blocks: conv, norms and gates of a
+// block, then kLanes rows of the state at a time, which stay in the first-level cache while the block's
+// tokens pass over them. Every token is computed by the same operations in the same order wherever blocks,
+// calls and threads begin, so that a prefill and a decoding give the same bits.
+
+#include "scratch.h"
+#include "simd.h"
+
+namespace tenfold::TENFOLD_ISA {
+namespace {
+
+constexpr int64_t kBlockTokens = 16;
+constexpr float kNormEps = 1e-6f;  // of the L2 norms
+
+int64_t channels(const DeltaNet& layer) { return 2 * layer.key_dim + layer.shared * layer.value_dim; }
+
+const float* row(const Rows& rows, int64_t i) {
+  return static_cast<const float*>(rows.data) + i * rows.stride;
+}
+
+// One thread's intermediate results of a block.
+struct Work {
+  Work(const DeltaNet& layer, Scratch& memory) {
+    before = memory.take<float>((kMostConvWidth - 1) * channels(layer));
+    mixed = memory.take<float>(kBlockTokens * channels(layer));
+    decay = memory.take<float>(kBlockTokens * layer.shared);
+    beta = memory.take<float>(kBlockTokens * layer.shared);
+    overlap = memory.take<float>(kBlockTokens);
+  }
+
+  float* before;        // the W - 1 inputs before the first token
+  float* mixed;         // the conv's output: q, k, and v, which makes room for the rule's output
+  float *decay, *beta;  // of each token's value heads
+  float* overlap;       // k . q
+};
+
+// One key head of one sequence.
+struct Head {
+  const DeltaNet& layer;
+  Work& work;
+  int64_t head, slot, first, tokens;
+
+  const float* input(int64_t token) const {
+    const int64_t group = channels(layer) + layer.shared * layer.value_dim;
+    return row(layer.qkvz, first + token) + head * group;
+  }
+  // q, k and v as the conv reads them; tokens before the first come from its state.
+  const float* taps(int64_t token) const {
+    if (token >= 0) return input(token);
+    return work.before + (layer.conv_width - 1 + token) * channels(layer);
+  }
+  float* mixed(int64_t token) const { return work.mixed + token * channels(layer); }
+  float* state(int64_t shared) const {
+    const int64_t value_heads = layer.key_heads * layer.shared;
+    return layer.state +
+           (slot * value_heads + head * layer.shared + shared) * layer.value_dim * layer.key_dim;
+  }
+};
+
+// move(state, at, count) for the runs of channels whose conv states are neighbours: this head's q, k and v.
+template <class F>
+void for_conv_runs(const Head& h, const F& move) {
+  const int64_t taps = h.layer.conv_width - 1, key = h.layer.key_dim;
+  const int64_t keys = h.layer.key_heads * key, values = h.layer.shared * h.layer.value_dim;
+  float* state = h.layer.conv_state + h.slot * (2 * keys + h.layer.key_heads * values) * taps;
+  move(state + h.head * key * taps, 0, key);
+  move(state + (keys + h.head * key) * taps, key, key);
+  move(state + (2 * keys + h.head * values) * taps, 2 * key, values);
+}
+
+void load_conv_state(const Head& h) {
+  const int64_t taps = h.layer.conv_width - 1, stride = channels(h.layer);
+  for_conv_runs(h, [&](const float* state, int64_t at, int64_t count) {
+    for (int64_t j = 0; j < taps; ++j) {
+      float* to = h.work.before + j * stride + at;
+      for (int64_t c = 0; c < count; ++c) to[c] = state[c * taps + j];
+    }
+  });
+}
+
+void store_conv_state(const Head& h) {
+  const int64_t taps = h.layer.conv_width - 1;
+  for_conv_runs(h, [&](float* state, int64_t at, int64_t count) {
+    for (int64_t j = 0; j < taps; ++j) {
+      const float* from = h.taps(h.tokens - taps + j) + at;
+      for (int64_t c = 0; c < count; ++c) state[c * taps + j] = from[c];
+    }
+  });
+}
+
+void convolve(const Head& h, int64_t begin, int64_t count) {
+  const int64_t width = h.layer.conv_width, stride = channels(h.layer);
+  const float* weight = h.layer.conv_weight + h.head * width * stride;
+  const float* inputs[kBlockTokens + kMostConvWidth - 1];
+  for (int64_t i = 0; i < count + width - 1; ++i) inputs[i] = h.taps(begin + i - (width - 1));
+  for (int64_t t = 0; t < count; ++t) {
+    for (int64_t c = 0; c < stride; c += kLanes) {
+      F32 y = load(weight + c) * load(inputs[t] + c);
+      for (int64_t j = 1; j < width; ++j) y = fma(load(weight + j * stride + c), load(inputs[t + j] + c), y);
+      store(h.mixed(t) + c, silu(y));
+    }
+  }
+}
+
+float dot(const float* a, const float* b, int64_t count) {
+  F32 total = splat(0);
+  for (int64_t i = 0; i < count; i += kLanes) total = fma(load(a + i), load(b + i), total);
+  return sum(total);
+}
+
+void scale(float* x, int64_t count, float factor) {
+  for (int64_t i = 0; i < count; i += kLanes) store(x + i, load(x + i) * splat(factor));
+}
+
+void normalize(const Head& h, int64_t count) {
+  const int64_t dim = h.layer.key_dim;
+  const float root = 1.0f / __builtin_sqrtf(static_cast<float>(dim));
+  for (int64_t t = 0; t < count; ++t) {
+    float *q = h.mixed(t), *k = q + dim;
+    scale(q, dim, root / __builtin_sqrtf(dot(q, q, dim) + kNormEps));
+    scale(k, dim, 1.0f / __builtin_sqrtf(dot(k, k, dim) + kNormEps));
+    h.work.overlap[t] = dot(k, q, dim);
+  }
+}
+
+float softplus(float x) { return x > 20.0f ? x : __builtin_log1pf(__builtin_expf(x)); }
+
+void gates(const Head& h, int64_t begin, int64_t count) {
+  const int64_t shared = h.layer.shared;
+  for (int64_t t = 0; t < count; ++t) {
+    const float* b = row(h.layer.ba, h.first + begin + t) + h.head * 2 * shared;
+    for (int64_t r = 0; r < shared; ++r) {
+      const int64_t head = h.head * shared + r;
+      const float step = softplus(b[shared + r] + h.layer.dt_bias[head]);
+      h.work.decay[t * shared + r] = __builtin_expf(h.layer.rate[head] * step);
+      h.work.beta[t * shared + r] = 1.0f / (1.0f + __builtin_expf(-b[r]));
+    }
+  }
+}
+
+// S k and S q for kLanes rows of S: half of the rows at a time, so that all sums fit the registers.
+TENFOLD_INLINE void read_state(const float* state, int64_t dim, const float* k, const float* q, F32& by_key,
+                               F32& by_query) {
+  constexpr int kHalf = kLanes / 2;
+  F32 both[2];
+  for (int half = 0; half < 2; ++half) {
+    const float* rows = state + half * kHalf * dim;
+    F32 sums[kLanes] = {};
+    for (int64_t i = 0; i < dim; i += kLanes) {
+      const F32 ki = load(k + i), qi = load(q + i);
+      for (int row = 0; row < kHalf; ++row) {
+        const F32 s = load(rows + row * dim + i);
+        sums[row] = fma(s, ki, sums[row]);
+        sums[kHalf + row] = fma(s, qi, sums[kHalf + row]);
+      }
+    }
+    both[half] = sum_each(sums);
+  }
+  by_key = low_halves(both[0], both[1]);
+  by_query = high_halves(both[0], both[1]);
+}
+
+// S <- decay S + d k^T for kLanes rows of S.
+TENFOLD_INLINE void write_state(float* state, int64_t dim, F32 decay, const float* k, F32 d) {
+  constexpr int kHalf = kLanes / 2;
+  alignas(64) float written[kLanes];
+  store(written, d);
+  for (int half = 0; half < 2; ++half) {
+    float* rows = state + half * kHalf * dim;
+    F32 each[kHalf];
+    for (int row = 0; row < kHalf; ++row) each[row] = splat(written[half * kHalf + row]);
+    for (int64_t i = 0; i < dim; i += kLanes) {
+      const F32 ki = load(k + i);
+      for (int row = 0; row < kHalf; ++row) {
+        float* s = rows + row * dim + i;
+        store(s, fma(each[row], ki, decay * load(s)));
+      }
+    }
+  }
+}
+
+// Decoding reads a state from memory: the rows after these are on their way while these are computed.
+void fetch_state(const float* state, int64_t dim) {
+  for (int64_t i = 0; i < kLanes * dim; i += 16) __builtin_prefetch(state + i);
+}
+
+// One value head over a block: outputs take the place of the values.
+void recur(const Head& h, int64_t shared, int64_t count) {
+  const int64_t dim = h.layer.key_dim, value_dim = h.layer.value_dim;
+  for (int64_t v = 0; v < value_dim; v += kLanes) {
+    float* state = h.state(shared) + v * dim;
+    if (v + kLanes < value_dim) fetch_state(state + kLanes * dim, dim);
+    for (int64_t t = 0; t < count; ++t) {
+      const float *q = h.mixed(t), *k = q + dim;
+      float* value = h.mixed(t) + 2 * dim + shared * value_dim + v;
+      const F32 decay = splat(h.work.decay[t * h.layer.shared + shared]);
+      const F32 beta = splat(h.work.beta[t * h.layer.shared + shared]);
+      F32 by_key, by_query;
+      read_state(state, dim, k, q, by_key, by_query);
+      const F32 d = beta * (load(value) - decay * by_key);
+      store(value, fma(splat(h.work.overlap[t]), d, decay * by_query));
+      write_state(state, dim, decay, k, d);
+    }
+  }
+}
+
+void gated_norm(const Head& h, int64_t begin, int64_t count) {
+  const int64_t dim = h.layer.value_dim, values = h.layer.shared * dim;
+  for (int64_t t = 0; t < count; ++t) {
+    const float *o = h.mixed(t) + 2 * h.layer.key_dim, *z = h.input(begin + t) + channels(h.layer);
+    float* out = const_cast<float*>(row(h.layer.out, h.first + begin + t)) + h.head * values;
+    for (int64_t r = 0; r < values; r += dim) {
+      const float mean = dot(o + r, o + r, dim) / static_cast<float>(dim);
+      const F32 inverse = splat(1.0f / __builtin_sqrtf(mean + h.layer.eps));
+      for (int64_t i = 0; i < dim; i += kLanes) {
+        const F32 normed = load(o + r + i) * inverse * load(h.layer.norm_weight + i);
+        store(out + r + i, normed * silu(load(z + r + i)));
+      }
+    }
+  }
+}
+
+void advance(const Head& h) {
+  load_conv_state(h);
+  for (int64_t begin = 0; begin < h.tokens; begin += kBlockTokens) {
+    const int64_t left = h.tokens - begin, count = left < kBlockTokens ? left : kBlockTokens;
+    convolve(h, begin, count);
+    normalize(h, count);
+    gates(h, begin, count);
+    for (int64_t r = 0; r < h.layer.shared; ++r) recur(h, r, count);
+    gated_norm(h, begin, count);
+  }
+  store_conv_state(h);
+}
+
+}  // namespace
+
+size_t delta_net_scratch(const DeltaNet& layer) noexcept {
+  Scratch memory(nullptr);
+  for (int thread = 0; thread < layer.threads; ++thread) Work(layer, memory);
+  return memory.used();
+}
+
+void delta_net(const DeltaNet& layer) noexcept {
+  Scratch one(nullptr);
+  Work(layer, one);
+  parallel_for(
+      layer.sequences.count * layer.key_heads,
+      [&](int64_t task, int thread) {
+        Scratch memory(static_cast<uint8_t*>(layer.scratch) + static_cast<size_t>(thread) * one.used());
+        Work work(layer, memory);
+        const int64_t sequence = task / layer.key_heads, *bounds = layer.sequences.bounds + sequence;
+        advance({layer, work, task % layer.key_heads, layer.sequences.slots[sequence], bounds[0],
+                 bounds[1] - bounds[0]});
+      },
+      layer.threads);
+}
+
+}  // namespace tenfold::TENFOLD_ISA

@@ -1,0 +1,107 @@
+// Products with packed weights, and how fast memory can be read, which bounds those with few tokens.
+
+#include "scratch.h"
+#include "tile.h"
+
+namespace tenfold::TENFOLD_ISA {
+namespace {
+
+int64_t groups(const Product& product) { return product.x.cols / kGroup; }
+
+// All weights of a product take the same form of input: all are bf16, or none.
+size_t group_input_bytes(const Product& product) { return input_bytes(product.weights[0].format); }
+
+template <class T>
+void prepare_panel(const Product& product, const Parts& panels, int64_t panel, uint8_t* inputs) {
+  const int64_t bytes = static_cast<int64_t>(group_input_bytes(product));
+  const int64_t first = panels.first(panel), tokens = panels.size(panel);
+  uint8_t* to = inputs + first * groups(product) * bytes;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const T* x = static_cast<const T*>(product.x.data) + (first + t) * product.x.stride;
+    prepare_input(product.weights[0].format, x, groups(product), to + t * bytes, tokens * bytes);
+  }
+}
+
+template <class T>
+void store_rows(const float* y, T* out, int64_t rows) {
+  int64_t r = 0;
+  for (; r + kLanes <= rows; r += kLanes) store(out + r, load(y + r));
+  if (r == rows) return;
+  T tail[kLanes];
+  store(tail, load(y + r));
+  memcpy(out + r, tail, static_cast<size_t>(rows - r) * sizeof(T));
+}
+
+template <class T>
+void store_tile(const float* y, const Rows& out, int64_t token, int tokens, int64_t row) {
+  const int64_t rows = out.cols - row < kBlockRows ? out.cols - row : kBlockRows;
+  for (int t = 0; t < tokens; ++t) {
+    store_rows(y + t * kBlockRows, static_cast<T*>(out.data) + (token + t) * out.stride + row, rows);
+  }
+}
+
+void multiply_rows(const Product& product, const Parts& panels, const uint8_t* inputs, int64_t weight,
+                   int64_t block) {
+  const PackedMatrix& w = product.weights[weight];
+  const Rows& out = product.outputs[weight];
+  const uint8_t* rows = w.data + block * block_bytes(w.format, w.cols);
+  for (int64_t p = 0; p < panels.count(); ++p) {
+    alignas(64) float y[kPanelTokens * kBlockRows];
+    const int64_t first = panels.first(p);
+    const int tokens = static_cast<int>(panels.size(p));
+    const uint8_t* panel =
+        inputs + first * groups(product) * static_cast<int64_t>(group_input_bytes(product));
+    multiply_block(w.format, rows, panel, tokens, groups(product), y);
+    const auto store = out.dtype == DType::f32 ? store_tile<float> : store_tile<bf16>;
+    store(y, out, first, tokens, block * kBlockRows);
+  }
+}
+
+int64_t total_blocks(const Product& product) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < product.count; ++i) total += blocks(product.weights[i].rows);
+  return total;
+}
+
+// Blocks that a task takes: several, so that memory is read in long runs, but enough tasks to share out
+// evenly.
+int64_t blocks_per_task(int64_t total) {
+  const int64_t even = total / (16 * threads());
+  return even < 1 ? 1 : even > 8 ? 8 : even;
+}
+
+}  // namespace
+
+size_t product_scratch(const Product& product) noexcept {
+  return static_cast<size_t>(product.x.rows * groups(product)) * group_input_bytes(product);
+}
+
+void product(const Product& product) noexcept {
+  auto* inputs = static_cast<uint8_t*>(product.scratch);
+  const Parts panels = TENFOLD_ISA::panels(product.x.rows);
+  parallel_for(panels.count(), [&](int64_t panel, int) {
+    const auto prepare = product.x.dtype == DType::f32 ? prepare_panel<float> : prepare_panel<bf16>;
+    prepare(product, panels, panel, inputs);
+  });
+  const int64_t total = total_blocks(product), each = blocks_per_task(total);
+  parallel_for((total + each - 1) / each, [&](int64_t task, int) {
+    int64_t weight = 0, block = task * each;
+    for (int64_t i = task * each; i < total && i < (task + 1) * each; ++i, ++block) {
+      for (; block >= blocks(product.weights[weight].rows); ++weight)
+        block -= blocks(product.weights[weight].rows);
+      multiply_rows(product, panels, inputs, weight, block);
+    }
+  });
+}
+
+uint64_t read_memory(const uint8_t* from, size_t bytes) noexcept {
+  I32 sums[8] = {};
+  for (size_t i = 0; i + sizeof sums <= bytes; i += sizeof sums) {
+    for (size_t j = 0; j < 8; ++j) sums[j] ^= load_bits(from + i + j * sizeof(I32));
+  }
+  uint64_t folded = 0;
+  for (const I32& sum : sums) folded ^= read<uint64_t>(&sum);
+  return folded;
+}
+
+}  // namespace tenfold::TENFOLD_ISA

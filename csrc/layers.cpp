@@ -1,0 +1,254 @@
+#include "layers.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace tenfold {
+namespace {
+
+constexpr int64_t kMostTokens = int64_t{1} << 40;
+
+long long number(int64_t x) { return x; }
+
+void require_sixteens(int64_t dim, const char* name) {
+  if (dim < 16 || dim % 16) refuse("%s must be a multiple of 16, got %lld", name, number(dim));
+}
+
+// An fp32 copy of a contiguous array of fp32 or bf16.
+std::vector<float> floats(const Input& array, std::initializer_list<int64_t> shape, const char* name) {
+  if (float_type(array) != DType::bf16) {
+    const float* from = contiguous<float>(array, shape, name, "float32 or bfloat16");
+    return {from, from + array.size()};
+  }
+  const bf16* from = contiguous_bf16(array, shape, name);
+  std::vector<float> values(array.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    const uint32_t bits = static_cast<uint32_t>(from[i].bits) << 16;
+    memcpy(&values[i], &bits, sizeof bits);
+  }
+  return values;
+}
+
+void require_dims(const Input& array, size_t dims, const char* name, const char* meaning) {
+  if (array.ndim() != dims) refuse("%s must be %s, got shape %s", name, meaning, shape_of(array).c_str());
+}
+
+CacheType cache_type(const Output& array) {
+  const std::optional<DType> type = float_type(array);
+  const nanobind::dlpack::dtype f16 = {static_cast<uint8_t>(nanobind::dlpack::dtype_code::Float), 16, 1};
+  if (type) return *type == DType::f32 ? CacheType::f32 : CacheType::bf16;
+  if (array.dtype() == f16) return CacheType::f16;
+  if (array.dtype() != nanobind::dtype<int8_t>()) {
+    refuse("keys and values must be float32, bfloat16, float16 or int8");
+  }
+  return CacheType::int8;
+}
+
+void* page_data(const Output& array, std::initializer_list<int64_t> shape, const char* name) {
+  switch (cache_type(array)) {
+    case CacheType::f32: return contiguous<float>(array, shape, name, "float32");
+    case CacheType::bf16: return contiguous_bf16(array, shape, name);
+    case CacheType::f16: return contiguous_of(array, array.dtype(), shape, name, "float16");
+    case CacheType::int8: return contiguous<int8_t>(array, shape, name, "int8");
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+Batch::Batch(std::vector<int64_t> bounds, std::optional<std::vector<int64_t>> slots,
+             std::optional<std::vector<int64_t>> past, std::optional<std::vector<std::vector<int32_t>>> pages,
+             std::optional<Input> cos, std::optional<Input> sin)
+    : bounds_(std::move(bounds)),
+      slots_(std::move(slots).value_or(std::vector<int64_t>())),
+      past_(std::move(past).value_or(std::vector<int64_t>())),
+      pages_(std::move(pages).value_or(std::vector<std::vector<int32_t>>())),
+      cos_array_(std::move(cos)),
+      sin_array_(std::move(sin)) {
+  require(!bounds_.empty() && bounds_[0] == 0 && bounds_.back() < kMostTokens, "bounds must rise from 0");
+  for (size_t i = 1; i < bounds_.size(); ++i)
+    require(bounds_[i] > bounds_[i - 1], "bounds must rise strictly");
+  require(past_.size() == pages_.size(), "past and pages must name the same sequences");
+  check_past();
+  for (const std::vector<int32_t>& table : pages_) page_tables_.push_back(table.data());
+  require(cos_array_.has_value() == sin_array_.has_value(), "cos and sin come together");
+  if (!cos_array_) return;
+  require_dims(*cos_array_, 2, "cos", "[tokens, rotated / 2]");
+  const auto half = static_cast<int64_t>(cos_array_->shape(1));
+  cos_ = contiguous<float>(*cos_array_, {tokens(), half}, "cos", "float32");
+  sin_ = contiguous<float>(*sin_array_, {tokens(), half}, "sin", "float32");
+  rotated_ = 2 * half;
+}
+
+void Batch::check_past() const {
+  for (const int64_t past : past_) {
+    if (past < 0 || past > kMostTokens) refuse("past must not be negative, got %lld", number(past));
+  }
+}
+
+Sequences Batch::view() const {
+  return {count(), bounds_.data(), slots_.data(), past_.data(), page_tables_.data()};
+}
+
+void Batch::require_slots(int64_t slots) const {
+  if (static_cast<int64_t>(slots_.size()) != count()) {
+    refuse("the batch has %lld sequences and %zu slots", number(count()), slots_.size());
+  }
+  std::vector<int64_t> sorted = slots_;
+  std::sort(sorted.begin(), sorted.end());
+  for (size_t i = 0; i < sorted.size(); ++i) {
+    if (sorted[i] < 0 || sorted[i] >= slots) {
+      refuse("there are %lld slots, got number %lld", number(slots), number(sorted[i]));
+    }
+    if (i && sorted[i] == sorted[i - 1]) refuse("two sequences share slot %lld", number(sorted[i]));
+  }
+}
+
+void Batch::require_pages(int64_t size, int64_t pages) const {
+  if (checked_size_ == size && checked_pages_ == pages) return;
+  check_pages(size, pages);
+  checked_size_ = size, checked_pages_ = pages;
+}
+
+void Batch::check_pages(int64_t size, int64_t pages) const {
+  if (static_cast<int64_t>(pages_.size()) != count()) {
+    refuse("the batch has %lld sequences and %zu lists of pages", number(count()), pages_.size());
+  }
+  std::vector<int32_t> used, written;
+  for (size_t n = 0; n < pages_.size(); ++n) {
+    const std::vector<int32_t>& table = pages_[n];
+    const int64_t end = past_[n] + bounds_[n + 1] - bounds_[n], needed = (end + size - 1) / size;
+    if (static_cast<int64_t>(table.size()) < needed) {
+      refuse("sequence %zu of %lld tokens needs %lld pages, got %zu", n, number(end), number(needed),
+             table.size());
+    }
+    used.insert(used.end(), table.begin(), table.begin() + needed);
+    written.insert(written.end(), table.begin() + past_[n] / size, table.begin() + needed);
+  }
+  std::sort(used.begin(), used.end());
+  if (!used.empty() && (used.front() < 0 || used.back() >= pages)) {
+    refuse("there are %lld pages, got number %d", number(pages),
+           used.front() < 0 ? used.front() : used.back());
+  }
+  for (const int32_t page : written) {
+    const auto [first, last] = std::equal_range(used.begin(), used.end(), page);
+    if (last - first > 1) refuse("page %d is written and used more than once", page);
+  }
+}
+
+NormWeight::NormWeight(const Input& weight, float eps, bool zero_centered) : eps_(eps) {
+  require_dims(weight, 1, "weight", "a vector");
+  scale_ = floats(weight, {static_cast<int64_t>(weight.shape(0))}, "weight");
+  require_sixteens(dim(), "the norm's dimension");
+  if (zero_centered) {
+    for (float& w : scale_) w += 1.0f;
+  }
+}
+
+DeltaNetWeights::DeltaNetWeights(const Input& conv_weight, const Input& A_log, const Input& dt_bias,
+                                 const Input& norm_weight, int64_t key_heads, float eps) {
+  require_dims(conv_weight, 2, "conv_weight", "[channels, width]");
+  require_dims(A_log, 1, "A_log", "a vector");
+  require_dims(norm_weight, 1, "norm_weight", "a vector");
+  const auto channels = static_cast<int64_t>(conv_weight.shape(0));
+  const auto width = static_cast<int64_t>(conv_weight.shape(1));
+  const auto heads = static_cast<int64_t>(A_log.shape(0)), dim = static_cast<int64_t>(norm_weight.shape(0));
+  if (key_heads < 1 || heads < 1 || heads % key_heads) {
+    refuse("value heads must be a multiple of key heads, got %lld and %lld", number(heads),
+           number(key_heads));
+  }
+  if (width < 1 || width > kMostConvWidth) {
+    refuse("the conv's width must be 1 to %lld, got %lld", number(kMostConvWidth), number(width));
+  }
+  const int64_t keys = channels - heads * dim;
+  if (keys < 1 || keys % (2 * key_heads)) {
+    refuse("conv_weight has %lld channels: too few or no even share for queries and keys beside %lld values",
+           number(channels), number(heads * dim));
+  }
+  require_sixteens(keys / (2 * key_heads), "the key dimension");
+  require_sixteens(dim, "the value dimension");
+  shape_.key_heads = key_heads, shape_.shared = heads / key_heads, shape_.conv_width = width,
+  shape_.eps = eps;
+  shape_.key_dim = keys / (2 * key_heads), shape_.value_dim = dim;
+  by_key_head(floats(conv_weight, {channels, width}, "conv_weight"));
+  rate_ = floats(A_log, {heads}, "A_log");
+  for (float& rate : rate_) rate = -std::exp(rate);
+  dt_bias_ = floats(dt_bias, {heads}, "dt_bias");
+  norm_weight_ = floats(norm_weight, {dim}, "norm_weight");
+}
+
+// From [C, W], all queries, all keys, all values, to [H, W, q, k and v of a key head].
+void DeltaNetWeights::by_key_head(const std::vector<float>& conv_weight) {
+  const int64_t key = shape_.key_dim, values = shape_.shared * shape_.value_dim, width = shape_.conv_width;
+  const int64_t keys = shape_.key_heads * key;
+  conv_weight_.reserve(conv_weight.size());
+  for (int64_t h = 0; h < shape_.key_heads; ++h) {
+    for (int64_t tap = 0; tap < width; ++tap) {
+      const auto copy = [&](int64_t first, int64_t count) {
+        for (int64_t c = first; c < first + count; ++c) conv_weight_.push_back(conv_weight[c * width + tap]);
+      };
+      copy(h * key, key);
+      copy(keys + h * key, key);
+      copy(2 * keys + h * values, values);
+    }
+  }
+}
+
+DeltaNet DeltaNetWeights::view() const {
+  DeltaNet layer = shape_;
+  layer.conv_weight = conv_weight_.data(), layer.rate = rate_.data();
+  layer.dt_bias = dt_bias_.data(), layer.norm_weight = norm_weight_.data();
+  return layer;
+}
+
+RecurrentStates::RecurrentStates(Output conv, Output recurrent)
+    : conv_(std::move(conv)), recurrent_(std::move(recurrent)) {
+  require(conv_.ndim() == 3, "conv must be [slots, channels, width - 1]");
+  require(recurrent_.ndim() == 4, "recurrent must be [slots, value heads, value dim, key dim]");
+}
+
+void RecurrentStates::place(const DeltaNetWeights& weights, DeltaNet& layer) const {
+  layer.conv_state = contiguous<float>(conv_, {slots(), weights.conv_channels(), layer.conv_width - 1},
+                                       "the conv state", "float32");
+  layer.state =
+      contiguous<float>(recurrent_, {slots(), weights.value_heads(), layer.value_dim, layer.key_dim},
+                        "the recurrent state", "float32");
+}
+
+KeyValuePages::KeyValuePages(Output keys, Output values, std::optional<Output> key_scales,
+                             std::optional<Output> value_scales)
+    : keys_(std::move(keys)),
+      values_(std::move(values)),
+      key_scales_(std::move(key_scales)),
+      value_scales_(std::move(value_scales)) {
+  view_.type = cache_type(keys_);
+  const bool pairs = view_.type == CacheType::int8;
+  require(keys_.ndim() == (pairs ? 5 : 4),
+          pairs ? "int8 keys must be [pages, heads, head dim / 2, page size, 2]"
+                : "keys must be [pages, heads, head dim, page size]");
+  const auto heads = static_cast<int64_t>(keys_.shape(1)), size = static_cast<int64_t>(keys_.shape(3));
+  const int64_t dim = static_cast<int64_t>(keys_.shape(2)) * (pairs ? 2 : 1);
+  require(heads >= 1, "keys must have one head at least");
+  if (size != 16 && size != 32 && size != 64)
+    refuse("a page must have 16, 32 or 64 tokens, got %lld", number(size));
+  require_sixteens(dim, "the head dimension");
+  if (dim > kMostHeadDim) refuse("the head dimension must be at most %lld", number(kMostHeadDim));
+  require(keys_.dtype() == values_.dtype(), "keys and values must have the same dtype");
+  if (pairs) {
+    view_.keys = page_data(keys_, {pages(), heads, dim / 2, size, 2}, "keys");
+    view_.values = page_data(values_, {pages(), heads, size / 2, dim, 2}, "values");
+  } else {
+    view_.keys = page_data(keys_, {pages(), heads, dim, size}, "keys");
+    view_.values = page_data(values_, {pages(), heads, size, dim}, "values");
+  }
+  view_.kv_heads = heads, view_.dim = dim, view_.page = size;
+  view_.key_scales = view_.value_scales = nullptr;
+  require(key_scales_.has_value() == pairs && value_scales_.has_value() == pairs,
+          "key_scales and value_scales belong to int8 keys and values, and to no others");
+  if (!pairs) return;
+  view_.key_scales = contiguous<float>(*key_scales_, {pages(), heads, size}, "key_scales", "float32");
+  view_.value_scales = contiguous<float>(*value_scales_, {pages(), heads, size}, "value_scales", "float32");
+}
+
+}  // namespace tenfold

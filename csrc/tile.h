@@ -1,0 +1,54 @@
+// Register tiles: a block of 32 packed rows times a panel of a few tokens. What the products and the experts
+// are made of.
+//
+// A token's input is prepared once per format: int8 in groups of 32 with an fp32 scale for quantized weights,
+// the instruction set's own form for bf16. A panel interleaves the inputs of its tokens group by group, [K /
+// 32][tokens], so that a tile reads one stream. An output is one sum over the groups in rising order,
+// whatever the panel: that is why a token's result has the same bits alone and among others.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace tenfold::TENFOLD_ISA {
+
+// A tile of this size keeps its sums of integers and of floats in registers, with room for weights and input.
+#if defined(TENFOLD_PANEL_TOKENS)
+constexpr int kPanelTokens = TENFOLD_PANEL_TOKENS;
+#else
+constexpr int kPanelTokens = kRegisters == 32 ? 12 : 6;
+#endif
+
+size_t input_bytes(Format format);  // of one group of one token
+
+// Prepares one token's K values; group g goes to `to + g * stride`.
+void prepare_input(Format format, const float* x, int64_t groups, uint8_t* to, int64_t stride) noexcept;
+void prepare_input(Format format, const bf16* x, int64_t groups, uint8_t* to, int64_t stride) noexcept;
+
+// y[t * 32 + r] = row r of the block times token t of the panel.
+void multiply_block(Format format, const uint8_t* block, const uint8_t* panel, int tokens, int64_t groups,
+                    float* y) noexcept;
+
+// panel = the inputs of these tokens, taken from `inputs` [T, K / 32].
+void gather_panel(Format format, const uint8_t* inputs, const int32_t* tokens, int count, int64_t groups,
+                  uint8_t* panel) noexcept;
+
+// `total` things cut into the fewest parts of at most `largest`, all of nearly the same size.
+class Parts {
+ public:
+  Parts(int64_t total, int64_t largest)
+      : count_((total + largest - 1) / largest),
+        size_(count_ ? total / count_ : 0),
+        longer_(count_ ? total % count_ : 0) {}
+
+  int64_t count() const { return count_; }
+  int64_t first(int64_t part) const { return part * size_ + (part < longer_ ? part : longer_); }
+  int64_t size(int64_t part) const { return size_ + (part < longer_); }
+
+ private:
+  int64_t count_, size_, longer_;
+};
+
+inline Parts panels(int64_t tokens) { return Parts(tokens, kPanelTokens); }
+
+}  // namespace tenfold::TENFOLD_ISA

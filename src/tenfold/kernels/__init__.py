@@ -1,0 +1,1 @@
+"""Kernels, one backend a file."""

@@ -1,0 +1,298 @@
+"""The compiled kernels for processors: the typed face of `_native`.
+
+Shape letters: T tokens, D hidden, E experts, F expert width, N and K the rows and columns of a weight.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from tenfold.kernels._native import (
+        Batch,
+        DeltaNetWeights,
+        KeyValuePages,
+        NormWeight,
+        PackedExperts,
+        PackedLinear,
+        RecurrentStates,
+    )
+
+FORMATS = ("bf16", "int8", "int4")
+
+
+@functools.cache
+def _load() -> Any:
+    """The compiled module; None, with one warning, where it was not built or does not load.
+
+    Raises ValueError where TENFOLD_ISA names an instruction set that this processor can't run.
+    """
+    try:
+        from tenfold.kernels import _native
+    except ImportError as error:
+        warnings.warn(f"the native kernels are not available, torch runs instead: {error}", stacklevel=3)
+        return None
+    if forced := os.environ.get("TENFOLD_ISA"):
+        try:
+            _native.use_isa(forced)
+        except ValueError as error:
+            raise ValueError(f"TENFOLD_ISA: {error}") from None
+    return _native
+
+
+def available() -> bool:
+    """Whether the native kernels can be used; where not, the first question warns."""
+    return _load() is not None
+
+
+def _native() -> Any:
+    module = _load()
+    if module is None:
+        raise RuntimeError("the native kernels are not available: ask available() first")
+    return module
+
+
+def isa() -> str:
+    """The instruction set in use: `baseline`, `avx2` or `avx512`; the variable TENFOLD_ISA forces one."""
+    return _native().isa()
+
+
+def isas() -> list[str]:
+    """Those that this processor can run, the narrowest first."""
+    return _native().isas()
+
+
+def use_isa(name: str) -> None:
+    """Changes the instruction set, for tests and comparisons. Packed weights serve all of them."""
+    _native().use_isa(name)
+
+
+def threads() -> int:
+    return _native().threads()
+
+
+def set_threads(count: int) -> None:
+    """How many threads a kernel uses; the calling one is among them."""
+    _native().set_threads(count)
+
+
+def memory_read_gb_s(megabytes: int = 512) -> float:
+    """How fast the threads read memory: what bounds decoding."""
+    return _native().memory_read_gb_s(megabytes)
+
+
+def pack_linear(weight: Tensor, format: str, importance: Tensor | None = None) -> PackedLinear:
+    """Packs a weight `[N, K]`, fp32 or bf16, K a multiple of 32, as `bf16`, `int8` or `int4`.
+
+    importance: fp32 `[K]`, what a squared error in a column costs (int4 alone makes use of it).
+    """
+    return _native().PackedLinear.pack(weight.detach(), format, importance)
+
+
+def packed_linear(packed: Tensor, format: str, rows: int, cols: int) -> PackedLinear:
+    """A weight in packed form already, uint8, as from a memory-mapped file: nothing is copied."""
+    return _native().PackedLinear(packed, format, rows, cols)
+
+
+def unpack(weight: PackedLinear) -> Tensor:
+    """The values that a packed weight stands for, fp32 `[N, K]`."""
+    out = torch.empty(weight.shape)
+    weight.unpack(out)
+    return out
+
+
+def linear(x: Tensor, weights: Sequence[PackedLinear], dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """`x @ w.T` for several weights at once: x `[T, K]`, fp32 or bf16; `[T, N]` of this dtype for each.
+
+    A row of a result depends on its own row of x alone, to the last bit, whatever T and the threads are.
+    """
+    outs = tuple(torch.empty(x.shape[0], weight.shape[0], dtype=dtype) for weight in weights)
+    _native().linear(x.detach(), list(weights), list(outs))
+    return outs
+
+
+def pack_experts(gate_up: Tensor, down: Tensor, format: str) -> PackedExperts:
+    """Packs a layer's experts: gate_up `[E, 2F, D]`, gate rows first, down `[E, D, F]`; multiples of 32.
+
+    To pack one expert at a time, make `empty_experts` and call its `pack(expert, gate, up, down)`.
+    """
+    experts = empty_experts(format, gate_up.shape[0], gate_up.shape[2], down.shape[2])
+    for e in range(len(gate_up)):
+        gate, up = gate_up[e].detach().chunk(2)
+        experts.pack(e, gate, up, down[e].detach())
+    return experts
+
+
+def empty_experts(format: str, count: int, hidden: int, width: int) -> PackedExperts:
+    """Room for experts, all weights zero."""
+    return _native().PackedExperts(format, count, hidden, width)
+
+
+def packed_experts(packed: Tensor, format: str, count: int, hidden: int, width: int) -> PackedExperts:
+    """Experts in packed form already, uint8, as from a memory-mapped file: nothing is copied."""
+    return _native().PackedExperts(packed, format, count, hidden, width)
+
+
+def unpack_expert(experts: PackedExperts, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The values of one expert, fp32: gate and up `[F, D]`, down `[D, F]`."""
+    _, hidden, width = experts.shape
+    gate, up, down = torch.empty(width, hidden), torch.empty(width, hidden), torch.empty(hidden, width)
+    experts.unpack(expert, gate, up, down)
+    return gate, up, down
+
+
+def expert_layer(
+    x: Tensor,
+    experts: PackedExperts,
+    chosen: Tensor,
+    weights: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`sum_j weights[t, j] * down swiglu(gate x[t], up x[t])` over the experts `chosen[t, j]`; `[T, D]`.
+
+    x `[T, D]`, fp32 or bf16; chosen `[T, k]`, integers; weights fp32 `[T, k]`. A shared expert is one more of
+    the experts, which every token chooses. The sum runs in the order of rising expert, so that a row of the
+    result depends on its own row of x and of the choice alone, to the last bit.
+    """
+    out = torch.empty(x.shape, dtype=dtype)
+    _native().expert_layer(x.detach(), experts, chosen.to(torch.int32), weights.detach(), out)
+    return out
+
+
+def batch(
+    bounds: Sequence[int],
+    slots: Sequence[int] | None = None,
+    past: Sequence[int] | None = None,
+    pages: Sequence[Sequence[int]] | None = None,
+    rotation: tuple[Tensor, Tensor] | None = None,
+) -> Batch:
+    """The sequences of a step, for all its layers: sequence n has the tokens `bounds[n] .. bounds[n + 1] - 1`.
+
+    slots: where each one's recurrent state lies. past and pages: how many earlier tokens each one has in the
+    cache, and the numbers of the pages that hold those and will hold the new ones, in order. Sequences may
+    share pages that they only read. rotation: cos and sin, fp32 `[T, R / 2]`.
+    """
+    cos, sin = rotation or (None, None)
+    return _native().Batch(bounds, slots, past, pages, cos, sin)
+
+
+def delta_net_weights(
+    conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor, norm_weight: Tensor, key_heads: int, eps: float
+) -> DeltaNetWeights:
+    """A Gated DeltaNet's weights besides its projections: conv_weight `[C, W]`, A_log and dt_bias `[HV]`,
+    norm_weight `[V]`; fp32 or bf16, copied. Head dims are multiples of 16.
+    """
+    tensors = (x.detach().contiguous() for x in (conv_weight, A_log, dt_bias, norm_weight))
+    return _native().DeltaNetWeights(*tensors, key_heads, eps)
+
+
+def recurrent_states(conv: Tensor, recurrent: Tensor) -> RecurrentStates:
+    """One layer's states, fp32 conv `[slots, C, W-1]` and recurrent `[slots, HV, V, K]`: not copied."""
+    return _native().RecurrentStates(conv, recurrent)
+
+
+def gated_delta_net(
+    qkvz: Tensor, ba: Tensor, weights: DeltaNetWeights, states: RecurrentStates, batch: Batch
+) -> Tensor:
+    """Gated DeltaNet between its two projections; advances the states and returns `[T, HV * V]`.
+
+    qkvz and ba are fp32 rows as the projections give them, interleaved by key head. A token's result and the
+    states depend on its own sequence alone, to the last bit, however that is cut into calls.
+    """
+    _require_no_grad(qkvz, ba)
+    out = torch.empty(qkvz.shape[0], weights.values)
+    _native().gated_delta_net(qkvz, ba, weights, states, batch, out)
+    return out
+
+
+def empty_pages(pages: int, heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Arrays for `key_value_pages`, pages first, as zeros: keys, values, and for int8 their scales."""
+    if dtype != torch.int8:
+        keys, values = (pages, heads, head_dim, page_size), (pages, heads, page_size, head_dim)
+        return torch.zeros(keys, dtype=dtype), torch.zeros(values, dtype=dtype)
+    keys, values = (pages, heads, head_dim // 2, page_size, 2), (pages, heads, page_size // 2, head_dim, 2)
+    scales = (torch.zeros(pages, heads, page_size) for _ in range(2))
+    return torch.zeros(keys, dtype=dtype), torch.zeros(values, dtype=dtype), *scales
+
+
+def key_value_pages(
+    keys: Tensor, values: Tensor, key_scales: Tensor | None = None, value_scales: Tensor | None = None
+) -> KeyValuePages:
+    """One layer's cache, not copied: keys `[pages, G, K, page]` and values `[pages, G, page, K]`.
+
+    A page has 16, 32 or 64 tokens; fp32, fp16 or bf16. In int8, keys are `[pages, G, K / 2, page, 2]`, values
+    `[pages, G, page / 2, K, 2]`, and both have fp32 scales `[pages, G, page]`.
+    """
+    scales = (x for x in (key_scales, value_scales) if x is not None)
+    return _native().KeyValuePages(keys, values, *scales)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_norm: NormWeight,
+    k_norm: NormWeight,
+    cache: KeyValuePages,
+    batch: Batch,
+    gated: bool,
+) -> Tensor:
+    """Attention between its projections: norms, rotation, new keys to the cache, softmax; `[T, H * K]`.
+
+    q `[T, H * K]`, or, gated, `[T, H * 2 * K]` with each head's query and then its output gate; k, v
+    `[T, G * K]`; all fp32. A token's result depends on its own sequence alone, to the last bit, however that is
+    cut into calls.
+    """
+    _require_no_grad(q, k, v)
+    out = torch.empty(q.shape[0], q.shape[1] // 2 if gated else q.shape[1])
+    _native().attention(q, k, v, q_norm, k_norm, gated, cache, batch, out)
+    return out
+
+
+def norm_weight(weight: Tensor, eps: float, zero_centered: bool) -> NormWeight:
+    """The weight `[D]` of an RMSNorm, fp32 or bf16, copied; zero-centred ones multiply by `1 + weight`."""
+    return _native().NormWeight(weight.detach().contiguous(), eps, zero_centered)
+
+
+def rms_norm(x: Tensor, weight: NormWeight, delta: Tensor | None = None) -> Tensor:
+    """RMSNorm of fp32 x `[T, D]`, after adding delta to x itself where there is one."""
+    _require_no_grad(x, *(() if delta is None else (delta,)))
+    out = torch.empty(x.shape)
+    _native().rms_norm(x, weight, delta, out)
+    return out
+
+
+def route(logits: Tensor, k: int, normalize: bool, shared_gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Experts of each token from fp32 logits `[T, E]`: weights fp32 and numbers int32 `[T, k]`, the largest first.
+
+    Softmax over all experts, renormalised over the k if asked; of equal logits the lower number wins. With
+    shared_gate `[T, 1]` there is one place more: expert E, weighted by the sigmoid of the gate.
+    """
+    _require_no_grad(logits)
+    places = (logits.shape[0], k + (shared_gate is not None))
+    weights, chosen = torch.empty(places), torch.empty(places, dtype=torch.int32)
+    _native().route(logits, k, normalize, shared_gate, chosen, weights)
+    return weights, chosen
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, fp32 `[T, F]`."""
+    _require_no_grad(gate, up)
+    out = torch.empty(gate.shape)
+    _native().swiglu(gate, up, out)
+    return out
+
+
+def _require_no_grad(*tensors: Tensor) -> None:
+    """These kernels have no gradient, and DLPack would lose it without a word."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError("the native kernels have no gradients: call them under torch.no_grad()")
