@@ -145,10 +145,9 @@ def report(
 ) -> None:
     """Prints the gate, both arms, and their ratios; exits with 1 where the gate is shut."""
     off = max(abs(a - b) / b for a, b in zip(losses["ours"], losses["theirs"], strict=True))
-    print(
-        f"gate: losses of {len(losses['ours'])} steps differ by {off:.1e} at most, {LOSS_TOLERANCE[precision]:.0e} allowed"
-    )
-    if not off <= LOSS_TOLERANCE[precision]:
+    allowed = LOSS_TOLERANCE[precision]
+    print(f"gate: losses of {len(losses['ours'])} steps differ by {off:.1e} at most, {allowed:.0e} allowed")
+    if not off <= allowed:
         sys.exit("the losses differ: the figures would compare two different trainings")
     tokens = BATCH * LENGTH
     flops = tokens * training_flops(SHAPE, mean_context(LENGTH))
