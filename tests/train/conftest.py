@@ -46,6 +46,13 @@ TINY = Qwen3NextConfig(
     shared_expert_intermediate_size=16,
     num_nextn_predict_layers=1,
 )
+PROGRAM = ("-m", "tenfold")
+WITHOUT_PICTURES = """
+from tenfold import cli
+from tenfold.train import trainer
+trainer.write_plots = lambda run: []
+raise SystemExit(cli.main())
+"""
 DENSE = Qwen3Config(
     vocab_size=VOCABULARY,
     hidden_size=32,
@@ -161,8 +168,14 @@ def start(written: Callable[[TrainConfig], Path]) -> Callable[..., subprocess.Po
     """`start(config, "--resume", program=...)`: the real command in a process of its own, one thread."""
 
     def popen(
-        config: TrainConfig, *options: str, program: tuple[str, ...] = ("-m", "tenfold"), **variables: str
+        config: TrainConfig,
+        *options: str,
+        program: tuple[str, ...] = PROGRAM,
+        pictures: bool = True,
+        **variables: str,
     ) -> subprocess.Popen[str]:
+        if not pictures:  # they take a second
+            program = ("-c", WITHOUT_PICTURES)
         command = [sys.executable, *program, "train", str(written(config)), *options]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | variables
         pipe = subprocess.PIPE

@@ -34,7 +34,7 @@ STEPS = 6
 def one(recipe: Make, start: Start, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """A run of one process, every checkpoint kept."""
     config = recipe(tmp_path_factory.mktemp("one") / "run", shared(micro_rows=2))
-    process = start(config)
+    process = start(config, pictures=False)
     assert process.communicate(timeout=PATIENCE)[1] == "" and process.returncode == 0
     return config
 

@@ -157,7 +157,7 @@ def test_an_interrupt_saves_and_says_so(
     assert f"step 3: {message}" in done.out and metrics.steps[-1].step == 3
     assert checkpoints(config.out / CHECKPOINTS)[-1].name == "step-00000003"
     if number == signal.SIGINT:
-        assert end_of(start(config, "--resume")).code == 0
+        assert end_of(start(config, "--resume", pictures=False)).code == 0
         assert_same_end(config, whole[0])
 
 
@@ -244,7 +244,7 @@ def test_killed_again_and_again_while_saving(
         assert done.code == -signal.SIGKILL, (moment, done)
         assert [int(path.name[5:]) for path in checkpoints(config.out / CHECKPOINTS)] == saved, moment
         load_checkpoint(checkpoints(config.out / CHECKPOINTS)[-1])
-    assert end_of(start(config, "--resume")).code == 0
+    assert end_of(start(config, "--resume", pictures=False)).code == 0
     assert_same_end(config, whole[0])
 
 
@@ -264,7 +264,7 @@ def test_the_loss_curve_is_the_stored_one(
     """To store a new one after a change that is meant to change it: TENFOLD_STORE_CURVE=1."""
     schedule: dict[str, object] = {} if family == "sparse" else {"optim.kind": "adamw", "optim.schedule": "cosine"}
     config = recipe(tmp_path / "run", schedule | {"model": request.getfixturevalue(family), "tokens": 8 * 128})
-    assert end_of(start(config, **SAME_EVERYWHERE)).code == 0
+    assert end_of(start(config, pictures=False, **SAME_EVERYWHERE)).code == 0
     metrics = read_metrics(config.out / METRICS)
     found = [x.loss.hex() for x in (*metrics.steps, metrics.validations[-1])]
     stored: dict[str, list[str]] = json.loads(CURVE.read_text()) if CURVE.exists() else {}
