@@ -208,6 +208,6 @@ def open_corpus(config: TrainConfig, ranks: Ranks, console: Console | None = Non
     if corpus.vocab_size > vocabulary:
         raise ValueError(
             f"{folder}: its tokenizer has {corpus.vocab_size} tokens, but model.vocab_size is {vocabulary}; "
-            f"set model.vocab_size to {corpus.vocab_size} or more"
+            f"set it to {corpus.vocab_size} or more, or build the corpus with --vocab-size {vocabulary}"
         )
     return corpus
