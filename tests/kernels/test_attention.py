@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -22,15 +22,6 @@ EPS = 1e-6
 # Of the largest output: fp32 sums over a few hundred keys; else half a step of rounding keys and values.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.int8: 2e-2}
 TYPES = list(TOLERANCE)
-
-
-@pytest.fixture(params=cpu.isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before, threads = cpu.isa(), cpu.threads()
-    cpu.use_isa(request.param)
-    yield request.param
-    cpu.use_isa(before)
-    cpu.set_threads(threads)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,14 +15,6 @@ if not cpu.available():
 
 EPS = 1e-6
 TOLERANCE = 2e-6  # some fp32 roundings and an exponential of 2 ulp, relative to values near 1
-
-
-@pytest.fixture(params=cpu.isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = cpu.isa()
-    cpu.use_isa(request.param)
-    yield request.param
-    cpu.use_isa(before)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

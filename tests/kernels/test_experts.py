@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,15 +15,6 @@ if not cpu.available():
 EXPERTS, HIDDEN, WIDTH, CHOICES = 17, 96, 64, 4
 # Relative error (Frobenius): x, and the activations between, are rounded as in test_linear.py.
 ROUNDING = {"int8": 0.02, "int4": 0.02, "bf16": 0.005}
-
-
-@pytest.fixture(params=cpu.isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before, threads = cpu.isa(), cpu.threads()
-    cpu.use_isa(request.param)
-    yield request.param
-    cpu.use_isa(before)
-    cpu.set_threads(threads)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

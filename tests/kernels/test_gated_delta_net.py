@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -21,15 +21,6 @@ if not cpu.available():
 EPS = 1e-6
 # Of the largest output: sums of 128 products in fp32, their error carried along by states that decay slowly.
 TOLERANCE = 2e-5
-
-
-@pytest.fixture(params=cpu.isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before, threads = cpu.isa(), cpu.threads()
-    cpu.use_isa(request.param)
-    yield request.param
-    cpu.use_isa(before)
-    cpu.set_threads(threads)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

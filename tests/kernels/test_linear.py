@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -16,21 +14,6 @@ if not cpu.available():
 # instruction set multiplies bf16 with bf16; sums in fp32 add a few 1e-7.
 ROUNDING = {"int8": 0.007, "int4": 0.007, "bf16": 0.0025}
 TOKENS = [1, 2, 3, 6, 7, 13, 14, 15, 29, 64, 70]
-
-
-@pytest.fixture(params=cpu.isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = cpu.isa()
-    cpu.use_isa(request.param)
-    yield request.param
-    cpu.use_isa(before)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = cpu.threads()
-    yield
-    cpu.set_threads(before)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -51,7 +34,7 @@ def test_product_is_near_float64(isa: str, format: str, shape: tuple[int, int], 
 
 
 @pytest.mark.parametrize("format", cpu.FORMATS)
-def test_rows_have_the_same_bits_in_any_company(isa: str, format: str, threads: None) -> None:
+def test_rows_have_the_same_bits_in_any_company(isa: str, format: str) -> None:
     weight = cpu.pack_linear(normal(300, 544), format)
     x = normal(70, 544, seed=1)
     cpu.set_threads(1)

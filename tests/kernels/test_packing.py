@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -16,13 +14,6 @@ if not cpu.available():
 # 1/8 of the largest of 32, about 2.3 standard deviations, over sqrt(12); int4's grid takes off a tenth.
 ROUNDING = {"bf16": 0.002, "int8": 0.006, "int4": 0.08}
 BITS = {"bf16": 16, "int8": 8.5, "int4": 4.5}
-
-
-@pytest.fixture(autouse=True)
-def restore_isa() -> Iterator[None]:
-    before = cpu.isa()
-    yield
-    cpu.use_isa(before)
 
 
 def normal(*shape: int) -> torch.Tensor:
