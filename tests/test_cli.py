@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import torch
 
 from tenfold import cli
 from tenfold.engine.llm import continue_text
-from tenfold.models.qwen3 import Qwen3Config
+from tenfold.kernels import cpu
+from tenfold.models.qwen3 import Qwen3, Qwen3Config
+from tenfold.models.weights import save_model
 from tenfold.train.optim import OptimConfig
 from tenfold.train.recipe import TrainConfig
 
@@ -145,3 +148,16 @@ def test_options_override_the_recipe(
     assert cli.main(["train", str(tmp_path / "recipe.toml"), *options]) == 0
     recipe = TrainConfig(tokens=20, model=Qwen3Config(), optim=OptimConfig(adam_lr=1.0))
     assert calls == [(replace(recipe, **expected), *resume, continue_text)]
+
+
+@pytest.mark.parametrize("isa", [*cpu.isas(), None] if cpu.available() else [None])
+def test_info_names_the_kernels(
+    isa: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(Qwen3(Qwen3Config(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1)), tmp_path)
+    monkeypatch.setattr(cpu, "available", lambda: isa is not None)
+    monkeypatch.setattr(cpu, "isa", lambda: isa)
+    assert cli.main(["info", str(tmp_path)]) == 0
+    assert f"native kernels: {isa or 'none, torch runs instead'}" in capsys.readouterr().out
+    assert cli.main(["info", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kernels"] == isa

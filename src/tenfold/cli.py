@@ -179,13 +179,15 @@ class Info:
     def run(self) -> None:
         from rich.console import Console
 
+        from tenfold.kernels import cpu
         from tenfold.models.info import describe
 
-        info = describe(self.model)
+        info, kernels = describe(self.model), cpu.isa() if cpu.available() else None
         if self.json:
-            print(json.dumps(asdict(info), indent=2))
+            print(json.dumps(asdict(info) | {"kernels": kernels}, indent=2))
         else:
             Console().print(info.table())
+            print(f"native kernels: {kernels or 'none, torch runs instead'}")
 
 
 @dataclass(frozen=True, kw_only=True)

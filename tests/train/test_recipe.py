@@ -135,7 +135,8 @@ def test_a_larger_vocabulary_than_the_models_is_told(recipe: Make, mistake: Mist
     config = recipe(tmp_path / "run", {"model.vocab_size": 290})
     told = mistake(config)
     assert (
-        f"{config.data.corpus}: its tokenizer has 300 tokens, but model.vocab_size is 290; set it to 300 or more" in told
+        f"{config.data.corpus}: its tokenizer has 300 tokens, but model.vocab_size is 290; set it to 300 or more"
+        in told
     )
 
 
