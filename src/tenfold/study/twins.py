@@ -139,7 +139,7 @@ BALANCE = 1e-2  # ten times the released coefficient: a short training has to ba
 
 def demo_arms(config: DemoConfig) -> list[Arm]:
     """The three arms. Learning rates are the best of the trials in docs/log.md."""
-    old = OptimConfig(kind="adamw", adam_lr=2e-3, schedule="cosine", final_lr=0.1)
+    old = OptimConfig(kind="adamw", adam_lr=3e-3, schedule="cosine", final_lr=0.1)
     ours = OptimConfig(muon_lr=0.006, adam_lr=0.02)
     chosen = [
         (OLD, "Qwen3, dense, as it was trained", DENSE_OLD, old, 1_300_000),
