@@ -15,7 +15,6 @@ from torch import Tensor
 from tenfold.engine import LLM, Sampler, SamplingParams, generate, stream_text
 from tenfold.engine.sampler import nucleus
 from tenfold.models import Model
-from tenfold.models.cache import Cache
 from tenfold.models.qwen3 import Qwen3, Qwen3Config
 from tenfold.models.qwen3_next import Qwen3Next, Qwen3NextConfig
 from tenfold.models.weights import save_model
@@ -29,15 +28,15 @@ class Counting:
 
     def __init__(self, eos: int | None = None, context: int = 50) -> None:
         self.config = Qwen3Config(num_hidden_layers=1, vocab_size=10, max_position_embeddings=context, eos_token_id=eos)
-        self.output_weight = torch.eye(10)
         self.seen: list[int] = []
 
-    def hidden_states(self, input_ids: Tensor, cache: Cache) -> tuple[Tensor, Sequence[object]]:
+    def new_cache(self) -> list[int]:
+        return self.seen
+
+    def next_logits(self, tokens: Sequence[int], cache: list[int]) -> Tensor:
         assert not torch.is_grad_enabled()
-        self.seen += input_ids[0].tolist()
-        cache.length += input_ids.shape[1]
-        assert len(self.seen) == cache.length
-        return torch.eye(10)[(input_ids + 1) % 10], []
+        cache += tokens
+        return torch.eye(10)[(tokens[-1] + 1) % 10]
 
 
 def test_each_token_is_fed_once() -> None:

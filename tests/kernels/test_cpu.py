@@ -61,15 +61,22 @@ def test_unknown_instruction_set_is_one_clear_error() -> None:
 def test_a_missing_module_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tenfold.kernels._native", None)
     monkeypatch.delattr("tenfold.kernels._native", raising=False)
-    cpu._load.cache_clear()
+    forget()
     try:
         with pytest.warns(UserWarning, match="native kernels are not available"):
             assert not cpu.available()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert not cpu.available()
+        with pytest.raises(ValueError, match=r"native kernels are not available \(.*\): install .* C\+\+20 compiler"):
+            cpu.require()
     finally:
-        cpu._load.cache_clear()
+        forget()
+
+
+def forget() -> None:
+    cpu._load.cache_clear()
+    cpu.available.cache_clear()
 
 
 @needs_module

@@ -5,36 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tenfold.engine.sampler import Sampler, SamplingParams
 from tenfold.models import Config
-from tenfold.models.cache import Cache
 from tenfold.models.weights import load
 from tenfold.tokenizer import Tokenizer
 
+C = TypeVar("C")
 
-class LanguageModel(Protocol):
-    """What generation needs of a model: `Qwen3Next` and `Qwen3` have it, and so may a fake."""
+
+class LanguageModel(Protocol[C]):
+    """What generation needs of a model: `Qwen3Next`, `Qwen3` and `NativeModel` have it, and so may a fake."""
 
     @property
     def config(self) -> Config: ...
 
-    @property
-    def output_weight(self) -> Tensor:
-        """The head `[vocab, D]`; its dtype and device are those that the cache gets."""
+    def new_cache(self) -> C:
+        """What the model remembers of a sequence; nothing yet."""
         ...
 
-    def hidden_states(self, input_ids: Tensor, cache: Cache) -> tuple[Tensor, Sequence[object]]:
-        """What the head reads, `[1, T, D]`, for int64 `[1, T]` that follow the tokens in the cache."""
+    def next_logits(self, tokens: Sequence[int], cache: C) -> Tensor:
+        """Logits `[vocab]` after tokens that follow those in the cache, which is advanced."""
         ...
 
 
-def generate(model: LanguageModel, prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
+def generate(model: LanguageModel[C], prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
     """Yields tokens that continue the prompt, each as soon as it is known.
 
     Ends after `max_tokens`, before a stop token (one of `params` or an eos token of the configuration), or
@@ -57,26 +56,18 @@ def _check_prompt(prompt_ids: Sequence[int], config: Config) -> None:
         raise ValueError(f"the prompt has token {bad}, the model knows 0 to {last}: is it its tokenizer?")
 
 
-def _tokens(model: LanguageModel, prompt_ids: list[int], params: SamplingParams) -> Iterator[int]:
-    head = model.output_weight
-    cache = Cache(model.config, 1, head.dtype, head.device)
+def _tokens(model: LanguageModel[C], prompt_ids: list[int], params: SamplingParams) -> Iterator[int]:
+    cache = model.new_cache()
     sampler, stops = Sampler(params), {*params.stop_ids, *eos_ids(model.config)}
     room = model.config.max_position_embeddings - len(prompt_ids)
     fresh = prompt_ids
     for _ in range(min(params.max_tokens, room)):
-        token = sampler(_next_logits(model, fresh, cache))
+        with torch.no_grad():
+            token = sampler(model.next_logits(fresh, cache))
         if token in stops:
             return
         yield token
         fresh = [token]
-
-
-@torch.no_grad()
-def _next_logits(model: LanguageModel, fresh: list[int], cache: Cache) -> Tensor:
-    """Logits `[vocab]` after the fresh tokens; the head runs on the last one alone."""
-    ids = torch.tensor([fresh], device=model.output_weight.device)
-    hidden, _ = model.hidden_states(ids, cache)
-    return F.linear(hidden[0, -1], model.output_weight)
 
 
 def eos_ids(config: Config) -> tuple[int, ...]:

@@ -32,15 +32,14 @@ FORMATS = ("bf16", "int8", "int4")
 
 @functools.cache
 def _load() -> Any:
-    """The compiled module; None, with one warning, where it was not built or does not load.
+    """The compiled module, or why it was not built or does not load.
 
     Raises ValueError where TENFOLD_ISA names an instruction set that this processor can't run.
     """
     try:
         from tenfold.kernels import _native
     except ImportError as error:
-        warnings.warn(f"the native kernels are not available, torch runs instead: {error}", stacklevel=3)
-        return None
+        return error
     if forced := os.environ.get("TENFOLD_ISA"):
         try:
             _native.use_isa(forced)
@@ -49,14 +48,28 @@ def _load() -> Any:
     return _native
 
 
+@functools.cache
 def available() -> bool:
     """Whether the native kernels can be used; where not, the first question warns."""
-    return _load() is not None
+    reason = _load()
+    if isinstance(reason, ImportError):
+        warnings.warn(f"the native kernels are not available, torch runs instead: {reason}", stacklevel=2)
+    return not isinstance(reason, ImportError)
+
+
+def require() -> None:
+    """Raises ValueError where the native kernels cannot be used."""
+    reason = _load()
+    if isinstance(reason, ImportError):
+        raise ValueError(
+            f"the native kernels are not available ({reason}): "
+            "install Tenfold again where there is a C++20 compiler, or run without quantization"
+        )
 
 
 def _native() -> Any:
     module = _load()
-    if module is None:
+    if isinstance(module, ImportError):
         raise RuntimeError("the native kernels are not available: ask available() first")
     return module
 

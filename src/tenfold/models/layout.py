@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +72,15 @@ class Piece:
         if self.expert is None:
             return parameter
         return parameter[self.expert].narrow(0, self.first_row, self.shape[0])
+
+
+class Filled(NamedTuple):
+    """A step of reading: a parameter's name, the view of it to fill, the numbers, and their bytes in the file."""
+
+    parameter: str
+    place: Tensor
+    numbers: Tensor
+    nbytes: int
 
 
 def pieces(parameter: str, shape: Sequence[int], experts: ExpertLayout) -> Iterator[Piece]:

@@ -21,7 +21,7 @@ from tenfold.models import ARCHITECTURES, Config, Model
 from tenfold.models.cache import FULL_ATTENTION, LINEAR_ATTENTION
 from tenfold.models.gguf import GGUF, read_into, shortest
 from tenfold.models.init import is_norm
-from tenfold.models.layout import StoredTensor, check_fit
+from tenfold.models.layout import Filled, StoredTensor, check_fit
 from tenfold.models.qwen3_next import Qwen3NextConfig
 from tenfold.tokenizer import Tokenizer
 
@@ -307,12 +307,12 @@ def _projection_parts(name: str, hidden: int, config: Qwen3NextConfig) -> list[P
 
 def read_parts(
     parts: Sequence[Part], held: Mapping[str, StoredTensor], config: Config, state: Mapping[str, Tensor]
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Places in the parameters, the numbers that go there, and how many bytes these were, in the order of the file."""
+) -> Iterator[Filled]:
+    """What goes where, in the order of the file."""
     for part in sorted(parts, key=lambda part: (held[part.name].path, held[part.name].begin)):
         stored = held[part.name]
         for place, numbers, nbytes in read_into(part.views(state[part.parameter]), stored):
-            yield place, _restored(part.parameter, numbers, config, stored.path), nbytes
+            yield Filled(part.parameter, place, _restored(part.parameter, numbers, config, stored.path), nbytes)
 
 
 def _restored(name: str, numbers: Tensor, config: Config, path: Path) -> Tensor:

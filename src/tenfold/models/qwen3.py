@@ -5,7 +5,7 @@ Parameter names are Hugging Face's. Shape letters as in `qwen3_next`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -185,6 +185,15 @@ class Qwen3(nn.Module):
         if cache is not None:
             cache.length += length
         return self.model.norm(x), []
+
+    def new_cache(self) -> Cache:
+        """An empty cache for one sequence, of the head's dtype and device."""
+        return Cache(self.config, 1, self.output_weight.dtype, self.output_weight.device)
+
+    def next_logits(self, tokens: Sequence[int], cache: Cache) -> Tensor:
+        """Logits `[vocab]` after tokens that follow those in the cache; the head runs on the last one alone."""
+        hidden, _ = self.hidden_states(torch.tensor([tokens], device=self.output_weight.device), cache)
+        return F.linear(hidden[0, -1], self.output_weight)
 
     @property
     def output_weight(self) -> Tensor:

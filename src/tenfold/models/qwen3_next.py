@@ -10,7 +10,7 @@ dim (key dim), V value dim, E experts, F expert width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -384,6 +384,15 @@ class Qwen3Next(nn.Module):
         if cache is not None:
             cache.length += input_ids.shape[1]
         return self.model.norm(x), loads
+
+    def new_cache(self) -> Cache:
+        """An empty cache for one sequence, of the head's dtype and device."""
+        return Cache(self.config, 1, self.output_weight.dtype, self.output_weight.device)
+
+    def next_logits(self, tokens: Sequence[int], cache: Cache) -> Tensor:
+        """Logits `[vocab]` after tokens that follow those in the cache; the head runs on the last one alone."""
+        hidden, _ = self.hidden_states(torch.tensor([tokens], device=self.output_weight.device), cache)
+        return F.linear(hidden[0, -1], self.output_weight)
 
     def draft_states(
         self, input_ids: Tensor, hidden: Tensor, steps: int, cu_seqlens: Tensor | None = None

@@ -36,6 +36,7 @@ from tenfold.models.layout import (
     LOADABLE,
     STORED_NAMES,
     ExpertLayout,
+    Filled,
     Piece,
     StoredTensor,
     TensorSource,
@@ -60,7 +61,7 @@ PICKLED = (".bin", ".pt", ".pth", ".pkl")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]
 Advance = Callable[[int], None]  # of a progress bar, by bytes
-Read = Callable[[Mapping[str, Tensor]], Iterator[tuple[Tensor, Tensor, int]]]  # of a state: places, numbers, bytes
+Read = Callable[[Mapping[str, Tensor]], Iterator[Filled]]  # into the parameters of a mapping
 
 
 def load(
@@ -73,8 +74,12 @@ def load(
     Raises ValueError or OSError, in one line, where the checkpoint cannot be read.
     """
     path = resolve_path(path_or_name)
-    model = load_model(path, dtype, device, progress=True)
-    return model, read_tokenizer(read_gguf(path)) if path.is_file() else Tokenizer.from_folder(path)
+    return load_model(path, dtype, device, progress=True), load_tokenizer(path)
+
+
+def load_tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer in a folder or GGUF file; None where there is none."""
+    return read_tokenizer(read_gguf(path)) if path.is_file() else Tokenizer.from_folder(path)
 
 
 def resolve_path(path_or_name: str | Path) -> Path:
@@ -271,18 +276,43 @@ def load_model(
     checkpoint = open_checkpoint(path)
     chosen = parse_dtype(checkpoint.dtype if dtype == "auto" else dtype)
     model = build_on_meta(checkpoint.config)
+    model.load_state_dict(dict(read_parameters(checkpoint, chosen, device, progress)), assign=True)
+    return model.eval()
+
+
+def read_parameters(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device = "cpu", progress: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter and its name, as soon as the files have given all of it. In memory: those that are begun.
+
+    dtype is that of all but `ALWAYS_FP32`. Raises ValueError, before the first, where the files do not fit the
+    configuration.
+    """
+    model = build_on_meta(checkpoint.config)
     read = _plan(checkpoint, model)
-    state = {
-        name: torch.empty(parameter.shape, dtype=parameter_dtype(name, chosen), device=device)
-        for name, parameter in model.named_parameters()
-    }
+    begun = _Begun({name: parameter.shape for name, parameter in model.named_parameters()}, dtype, device)
+    missing = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     with byte_bar(f"reading {checkpoint.path}", total, progress) as advance:
-        for place, numbers, nbytes in read(state):
+        for name, place, numbers, nbytes in read(begun):
             place.copy_(numbers)
             advance(nbytes)
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+            missing[name] -= place.numel()
+            if not missing[name]:
+                yield name, begun.pop(name)
+
+
+class _Begun(dict[str, Tensor]):
+    """Parameters that are being filled: one is allocated when it is first asked for."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size], dtype: torch.dtype, device: str | torch.device) -> None:
+        super().__init__()
+        self._shapes, self._dtype, self._device = shapes, dtype, device
+
+    def __missing__(self, name: str) -> Tensor:
+        dtype = parameter_dtype(name, self._dtype)
+        self[name] = torch.empty(self._shapes[name], dtype=dtype, device=self._device)
+        return self[name]
 
 
 def build_on_meta(config: Config) -> Model:
@@ -301,11 +331,12 @@ def _plan(checkpoint: Checkpoint, model: Model) -> Read:
 
 def _read_pieces(
     places: Mapping[str, Piece], held: Mapping[str, StoredTensor], state: Mapping[str, Tensor]
-) -> Iterator[tuple[Tensor, Tensor, int]]:
+) -> Iterator[Filled]:
     in_file_order = sorted(places, key=lambda name: (held[name].path, held[name].begin))
     for path, names in groupby(in_file_order, key=lambda name: held[name].path):
         for name, tensor in _read_file(path, names):
-            yield places[name].of(state[places[name].parameter]), tensor, held[name].nbytes
+            piece = places[name]
+            yield Filled(piece.parameter, piece.of(state[piece.parameter]), tensor, held[name].nbytes)
 
 
 def _read_file(path: Path, names: Iterator[str]) -> Iterator[tuple[str, Tensor]]:
