@@ -65,6 +65,7 @@ def test_the_real_command_tells_a_mistake_in_one_line(tmp_path: Path) -> None:
         (["init", "--shape", "tiny", "--out", "/dev/null/x"], "/dev/null"),
         (["generate", "/nowhere", "--prompt", "a\udcff"], "--prompt: not UTF-8 at character 1"),
         (["generate", "/nowhere", "--prompt", "x", "--top-p", "0"], "top_p"),
+        (["generate", "/nowhere", "--prompt", "x", "--quantization", "int4", "--dtype", "auto"], "place of --dtype"),
         (["data", "tokenizer", "/nowhere.txt", "--out", "/tmp/never"], "/nowhere.txt"),
         (["data", "build", "/nowhere.txt", "--out", "/tmp/never"], "/nowhere.txt"),
     ],

@@ -30,6 +30,7 @@ Run = Callable[[], None]
 T = TypeVar("T")
 Shape = Literal["tiny", "mid", "80b-a3b"]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+Quantization = Literal["bf16", "int8", "int4"]
 Inputs = Annotated[
     Positional[tuple[str, ...]],
     arg(metavar="INPUT...", help="files, folders, globs, wikitext-2", help_behavior_hint="(required)"),
@@ -117,6 +118,7 @@ class Generate:
     chat: bool = False  # put the prompt through the chat template, for models trained to converse
     dtype: Dtype = "float32"  # of the weights in memory; auto is what the checkpoint holds
     device: Literal["cpu", "cuda"] = "cpu"  # where to run
+    quantization: Quantization | None = None  # run on the native kernels, with weights packed so
 
     def run(self) -> None:
         from tenfold.engine.llm import LLM, SamplingParams, generate, stream_text
@@ -125,7 +127,7 @@ class Generate:
         params = SamplingParams(
             max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
         )
-        llm = LLM.load(self.model, self.dtype, self.device)
+        llm = LLM.load(self.model, self.dtype, self.device, self.quantization)
         params = replace(params, stop_ids=llm.tokenizer.stop_ids)
         prompt_ids = self.prompt_ids(llm.tokenizer)
         if not self.chat:
@@ -145,6 +147,8 @@ class Generate:
 
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no GPU, or is a build for CPUs only")
+        if self.quantization and (self.device != "cpu" or self.dtype != "float32"):
+            raise ValueError("--quantization is for the native kernels of the CPU, and takes the place of --dtype")
         try:
             self.prompt.encode()
         except UnicodeEncodeError as error:

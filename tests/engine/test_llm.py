@@ -12,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tenfold import cli
 from tenfold.engine import LLM, Sampler, SamplingParams, generate, stream_text
 from tenfold.engine.sampler import nucleus
+from tenfold.kernels import cpu
 from tenfold.models import Model
+from tenfold.models.native import NativeModel
 from tenfold.models.qwen3 import Qwen3, Qwen3Config
 from tenfold.models.qwen3_next import Qwen3Next, Qwen3NextConfig
 from tenfold.models.weights import save_model
@@ -172,6 +175,9 @@ NEXT = Qwen3NextConfig(
     shared_expert_intermediate_size=16,
     initializer_range=0.2,  # large enough that the text does not settle on one token
 )
+WIDE = replace(  # in multiples of what the native kernels take at once
+    NEXT, linear_key_head_dim=16, linear_value_head_dim=16, moe_intermediate_size=32, shared_expert_intermediate_size=32
+)
 DENSE = Qwen3Config(
     vocab_size=300,
     hidden_size=32,
@@ -238,3 +244,32 @@ def test_llm_needs_a_tokenizer(tmp_path: Path) -> None:
     save_model(new_model(DENSE), tmp_path)
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
         LLM.load(tmp_path)
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the native kernels are not built")
+@pytest.mark.parametrize("quantization", cpu.FORMATS)
+@pytest.mark.parametrize("config", [WIDE, DENSE], ids=["qwen3_next", "qwen3"])
+def test_native_generation_through_the_command(
+    config: Qwen3NextConfig | Qwen3Config,
+    quantization: str,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_model(new_model(config), tmp_path, tokenizer=tokenizer)
+    command = ["generate", str(tmp_path), "--prompt", "to be", "--max-tokens", "12", "--temperature", "0"]
+    assert cli.main([*command, "--quantization", quantization]) == 0
+    told = capsys.readouterr().out
+    native = NativeModel(config, new_model(config).named_parameters(), quantization)
+    params = SamplingParams(temperature=0, max_tokens=12, stop_ids=tokenizer.stop_ids)
+    expected = generate(native, tokenizer.encode("to be"), params)
+    assert told == "to be" + "".join(stream_text(tokenizer, expected)) + "\n"
+
+
+def test_without_the_kernels_quantization_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cpu, "_load", lambda: ImportError("not built"))
+    assert cli.main(["generate", "/nowhere", "--prompt", "x", "--quantization", "int8"]) == 2
+    told = capsys.readouterr().err
+    assert "the native kernels are not available (not built): install" in told and told.count("\n") == 1

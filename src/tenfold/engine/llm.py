@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tenfold.engine.sampler import Sampler, SamplingParams
 from tenfold.models import Config
+from tenfold.models.native import NativeModel, load_native
 from tenfold.models.weights import load
 from tenfold.tokenizer import Tokenizer
 
@@ -93,6 +94,12 @@ def continue_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, max_t
     return "".join(LLM(model, tokenizer).generate(prompt, SamplingParams(max_tokens=max_tokens)))
 
 
+def start_native(path_or_name: str | Path, format: str) -> tuple[NativeModel, Tokenizer | None]:
+    """`load_native`, in a process that is then the kernels': torch keeps one thread."""
+    torch.set_num_threads(1)  # or its threads, which spin for a while after each op, take the cores from the kernels'
+    return load_native(path_or_name, format)
+
+
 class LLM:
     """A model and its tokenizer: text in, text out."""
 
@@ -101,9 +108,21 @@ class LLM:
         self.tokenizer = tokenizer
 
     @classmethod
-    def load(cls, path_or_name: str | Path, dtype: str = "float32", device: str | torch.device = "cpu") -> Self:
-        """From a folder or a hub name, as `tenfold.load`; ValueError where there is no tokenizer."""
-        model, tokenizer = load(path_or_name, dtype, device)
+    def load(
+        cls,
+        path_or_name: str | Path,
+        dtype: str = "float32",
+        device: str | torch.device = "cpu",
+        quantization: str | None = None,
+    ) -> Self:
+        """From a folder, a GGUF file or a hub name, as `tenfold.load`; ValueError where there is no tokenizer.
+
+        quantization: `bf16`, `int8` or `int4` run the model on the native kernels, with weights packed so; dtype and
+        device then don't matter. torch is left with one thread in this process.
+        """
+        model, tokenizer = (
+            start_native(path_or_name, quantization) if quantization else load(path_or_name, dtype, device)
+        )
         if tokenizer is None:
             raise ValueError(f"{path_or_name}: no tokenizer.json, which is needed to read a prompt")
         return cls(model, tokenizer)

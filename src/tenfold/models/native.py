@@ -181,15 +181,16 @@ class NativeModel:
         self.config, self.format = config, format
         skeleton = build_on_meta(config)
         self._frequencies, self._rope_factor = skeleton.frequencies, skeleton.rope_factor
-        layers: dict[str, DecoderLayer] = {}
+        layers: dict[int, DecoderLayer] = {}
         for owner, weights in complete_owners(skeleton, parameters):
             if owner == "model":
                 self._take_trunk(weights)
             elif owner == "lm_head":
                 self.head = cpu.pack_linear(weights["weight"], SENSITIVE[format])
             elif owner != "mtp":
-                layers[owner] = DecoderLayer(config, len(layers), weights, format)
-        self.layers = [layers[f"model.layers.{i}"] for i in range(config.num_hidden_layers)]
+                i = int(owner.removeprefix("model.layers."))
+                layers[i] = DecoderLayer(config, i, weights, format)
+        self.layers = [layers[i] for i in range(config.num_hidden_layers)]
 
     def _take_trunk(self, weights: Weights) -> None:
         self.embedding = weights["embed_tokens.weight"].bfloat16()
