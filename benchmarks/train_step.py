@@ -23,6 +23,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tenfold.memory import peak_memory_gb, reset_peak_memory
 from tenfold.models import Model
 from tenfold.models.flops import mean_context, training_flops
 from tenfold.models.qwen3_next import Qwen3Next
@@ -31,7 +32,6 @@ from tenfold.models.weights import load_model, save_model
 from tenfold.ops.cross_entropy import linear_cross_entropy
 from tenfold.ops.precision import matmul_gflops
 from tenfold.study.twins import machine_name
-from tenfold.train.memory import peak_memory_gb, reset_peak_memory
 from tenfold.train.optim import OptimConfig, Optimizer
 
 BATCH, LENGTH = 8, 512

@@ -161,6 +161,30 @@ class Generate:
         return tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": self.prompt}]))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measure how fast a model runs here on the native kernels."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]  # checkpoint folder, GGUF file, or a name on the hub
+    quantization: Quantization = "bf16"  # how the weights are packed
+    prompt_tokens: int = 512  # that are read at once
+    new_tokens: int = 64  # that follow one by one
+    threads: int | None = None  # of the kernels; without it one per core
+    rounds: int = 5  # after one to warm up
+    json: bool = False  # for programs
+
+    def run(self) -> None:
+        from rich.console import Console
+
+        from tenfold.engine.bench import bench
+
+        result = bench(self.model, self.quantization, self.prompt_tokens, self.new_tokens, self.threads, self.rounds)
+        if self.json:
+            print(json.dumps(asdict(result), indent=2))
+        else:
+            Console().print(result.table())
+
+
 class Counted:
     """Passes tokens on and counts them."""
 
@@ -324,6 +348,7 @@ COMMANDS = {
     "demo": Command("Train Qwen3-Next and its dense predecessor here, and compare their cost", parse_demo),
     "train": Command("Train a model by a recipe, a TOML file", parse_train),
     "generate": command(Generate, "generate"),
+    "bench": command(Bench, "bench"),
     "info": command(Info, "info"),
     "init": command(Init, "init"),
     "data build": Command("Turn text into a corpus of tokens to train on", parse_build),

@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from tenfold.memory import peak_memory_gb, reset_peak_memory
 from tenfold.models import ARCHITECTURES, Model
 from tenfold.models.flops import training_flops
 from tenfold.models.weights import save_model
@@ -26,7 +27,6 @@ from tenfold.tokenizer import Tokenizer
 from tenfold.train.checkpoint import TrainerState, load_checkpoint, save_checkpoint
 from tenfold.train.data import Batch, Corpus, PackedLoader, split_rows, validation_batches
 from tenfold.train.interrupts import Interrupts
-from tenfold.train.memory import peak_memory_gb, reset_peak_memory
 from tenfold.train.metrics import Event, Sample, StepMetrics, Validation
 from tenfold.train.objective import balance_loss, count_labels, forward, router_counts, stack_counts
 from tenfold.train.optim import Optimizer, learning_rate_factor

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from tenfold.train import memory
-from tenfold.train.memory import peak_memory_gb, reset_peak_memory
+from tenfold import memory
+from tenfold.memory import peak_memory_gb, reset_peak_memory
 
 BYTES = 200_000_000
 

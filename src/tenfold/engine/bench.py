@@ -1,0 +1,151 @@
+"""How fast a model runs on the native kernels here, beside what the machine's memory allows."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tenfold.engine.llm import start_native
+from tenfold.kernels import cpu
+from tenfold.memory import peak_memory_gb, reset_peak_memory
+from tenfold.models.native import NativeModel
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchResult:
+    """Medians over the rounds; spreads are the distance between the quarters, relative to the median."""
+
+    model: str
+    quantization: str
+    isa: str
+    threads: int
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
+    prefill_tok_s: float
+    prefill_spread: float
+    decode_tok_s: float  # after the prompt, one token at a time
+    decode_spread: float
+    peak_rss_gb: float  # since loading began
+    weights_gb: float
+    token_gb: float  # of weights, that one token reads
+    memory_read_gb_s: float
+    memory_limit_tok_s: float  # decoding can be no faster than the memory gives it weights
+    share_of_limit: float
+
+    def table(self) -> Table:
+        """For a terminal."""
+        from rich.table import Table
+
+        title = f"{self.model}, {self.quantization}, {self.isa}, {self.threads} threads, {self.rounds} rounds"
+        table = Table(title=title, show_header=False)
+        for label, value in _rows(self):
+            table.add_row(label, value)
+        return table
+
+
+def _rows(result: BenchResult) -> list[tuple[str, str]]:
+    limit = f"{result.memory_limit_tok_s:.2f} tokens/s: {result.memory_read_gb_s:.1f} GB/s"
+    return [
+        (
+            f"prefill of {result.prompt_tokens}",
+            f"{result.prefill_tok_s:.1f} tokens/s, spread {result.prefill_spread:.1%}",
+        ),
+        (f"decode of {result.new_tokens}", f"{result.decode_tok_s:.2f} tokens/s, spread {result.decode_spread:.1%}"),
+        ("limit of memory", f"{limit}, {result.token_gb:.3f} GB a token"),
+        ("share of the limit", f"{result.share_of_limit:.2f}"),
+        ("weights", f"{result.weights_gb:.2f} GB"),
+        ("peak memory", f"{result.peak_rss_gb:.2f} GB"),
+    ]
+
+
+def bench(
+    path_or_name: str | Path,
+    quantization: str,
+    prompt_tokens: int = 512,
+    new_tokens: int = 64,
+    threads: int | None = None,
+    rounds: int = 5,
+) -> BenchResult:
+    """Loads a model and measures it, after one round to warm up; the memory is probed before every round.
+
+    threads: of the kernels; without it as many as they choose. Raises ValueError where a count makes no sense or the
+    context is too short, and as `load_native`.
+    """
+    cpu.require()
+    _check(prompt_tokens, new_tokens, rounds)
+    if threads is not None:
+        cpu.set_threads(threads)
+    reset_peak_memory()
+    model, _ = start_native(path_or_name, quantization)
+    tokens = _tokens(model, prompt_tokens + new_tokens)
+    prompt, answer = tokens[:prompt_tokens], tokens[prompt_tokens:]
+    measure_round(model, prompt, answer)
+    peak = peak_memory_gb()  # the probes' own memory is not the model's
+    speeds = [(cpu.memory_read_gb_s(), *measure_round(model, prompt, answer)) for _ in range(rounds)]
+    reads, prefills, decodes = zip(*speeds, strict=True)
+    read, limit = statistics.median(reads), statistics.median(reads) * 1e9 / model.bytes_per_token()
+    return BenchResult(
+        model=str(path_or_name),
+        quantization=quantization,
+        isa=cpu.isa(),
+        threads=cpu.threads(),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        prefill_tok_s=statistics.median(prefills),
+        prefill_spread=spread(prefills),
+        decode_tok_s=statistics.median(decodes),
+        decode_spread=spread(decodes),
+        peak_rss_gb=peak,
+        weights_gb=model.nbytes() / 1e9,
+        token_gb=model.bytes_per_token() / 1e9,
+        memory_read_gb_s=read,
+        memory_limit_tok_s=limit,
+        share_of_limit=statistics.median(decodes) / limit,
+    )
+
+
+def _check(prompt_tokens: int, new_tokens: int, rounds: int) -> None:
+    counts = {"prompt tokens": prompt_tokens, "new tokens": new_tokens, "rounds": rounds}
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be 1 or more, got {count}")
+
+
+def _tokens(model: NativeModel, count: int) -> list[int]:
+    """Random ones, so that they reach all experts; always the same."""
+    if count > model.config.max_position_embeddings:
+        limit = model.config.max_position_embeddings
+        raise ValueError(f"{count} tokens in all, the model takes {limit}: fewer prompt tokens or new tokens")
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (count,), generator=generator).tolist()
+
+
+@torch.no_grad()
+def measure_round(model: NativeModel, prompt: Sequence[int], answer: Sequence[int]) -> tuple[float, float]:
+    """Tokens a second in prefill and in decoding; what is decoded is given, and not chosen."""
+    cache = model.new_cache()
+    start = time.perf_counter()
+    model.next_logits(prompt, cache)
+    read = time.perf_counter()
+    for token in answer:
+        model.next_logits([token], cache)
+    return len(prompt) / (read - start), len(answer) / (time.perf_counter() - read)
+
+
+def spread(values: Sequence[float]) -> float:
+    """The distance between the first and the third quarter, relative to the median; 0 of a single value."""
+    if len(values) < 2:
+        return 0.0
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return (third - first) / median
