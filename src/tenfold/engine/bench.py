@@ -35,7 +35,8 @@ class BenchResult:
     prefill_spread: float
     decode_tok_s: float  # after the prompt, one token at a time
     decode_spread: float
-    peak_rss_gb: float  # since loading began
+    peak_rss_gb: float  # while running
+    loading_rss_gb: float  # while loading, with those parts of the files that the system has mapped
     weights_gb: float
     token_gb: float  # of weights, that one token reads
     memory_read_gb_s: float
@@ -64,7 +65,7 @@ def _rows(result: BenchResult) -> list[tuple[str, str]]:
         ("limit of memory", f"{limit}, {result.token_gb:.3f} GB a token"),
         ("share of the limit", f"{result.share_of_limit:.2f}"),
         ("weights", f"{result.weights_gb:.2f} GB"),
-        ("peak memory", f"{result.peak_rss_gb:.2f} GB"),
+        ("peak memory", f"{result.peak_rss_gb:.2f} GB, in loading {result.loading_rss_gb:.2f} GB"),
     ]
 
 
@@ -87,6 +88,8 @@ def bench(
         cpu.set_threads(threads)
     reset_peak_memory()
     model, _ = start_native(path_or_name, quantization)
+    loading = peak_memory_gb()
+    reset_peak_memory()
     tokens = _tokens(model, prompt_tokens + new_tokens)
     prompt, answer = tokens[:prompt_tokens], tokens[prompt_tokens:]
     measure_round(model, prompt, answer)
@@ -107,6 +110,7 @@ def bench(
         decode_tok_s=statistics.median(decodes),
         decode_spread=spread(decodes),
         peak_rss_gb=peak,
+        loading_rss_gb=loading,
         weights_gb=model.nbytes() / 1e9,
         token_gb=model.bytes_per_token() / 1e9,
         memory_read_gb_s=read,

@@ -143,16 +143,28 @@ def pack_experts(config: Qwen3NextConfig, weights: Weights, format: str) -> cpu.
     return experts
 
 
+def pack_mixer(config: Config, layer: int, weights: Weights, format: str) -> Attention | GatedDeltaNet:
+    """The mixer that the configuration has in this layer."""
+    if isinstance(config, Qwen3NextConfig) and config.layer_kinds[layer] != FULL_ATTENTION:
+        return GatedDeltaNet(config, weights, format)
+    return Attention(config, weights, format)
+
+
+def pack_feed_forward(config: Config, layer: int, weights: Weights, format: str) -> FeedForward | SparseMoE:
+    """The feed-forward that the configuration has in this layer."""
+    if isinstance(config, Qwen3NextConfig) and config.is_sparse(layer):
+        return SparseMoE(config, weights, format)
+    return FeedForward(weights, format)
+
+
 class DecoderLayer:
     """A mixer over tokens, then a feed-forward, each behind a norm."""
 
     def __init__(self, config: Config, layer: int, weights: Weights, format: str) -> None:
         self.mixer_norm = norm_weight(config, weights["input_layernorm.weight"])
         self.mlp_norm = norm_weight(config, weights["post_attention_layernorm.weight"])
-        recurs = isinstance(config, Qwen3NextConfig) and config.layer_kinds[layer] != FULL_ATTENTION
-        self.mixer = GatedDeltaNet(config, weights, format) if recurs else Attention(config, weights, format)
-        sparse = isinstance(config, Qwen3NextConfig) and config.is_sparse(layer)
-        self.mlp = SparseMoE(config, weights, format) if sparse else FeedForward(weights, format)
+        self.mixer = pack_mixer(config, layer, weights, format)
+        self.mlp = pack_feed_forward(config, layer, weights, format)
 
     def __call__(
         self, x: Tensor, delta: Tensor | None, memory: KeyValueMemory | RecurrentMemory, batch: cpu.Batch
