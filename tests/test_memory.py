@@ -25,7 +25,7 @@ def test_a_moment_is_remembered_until_the_next_beginning() -> None:
 
 
 def test_where_there_is_no_status_file_the_system_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "STATUS", memory.Path("/nowhere"))
-    monkeypatch.setattr(memory, "RESET", memory.Path("/nowhere"))
+    monkeypatch.setattr(memory, "STATUS", memory.Path("/dev/null/nowhere"))
+    monkeypatch.setattr(memory, "RESET", memory.Path("/dev/null/nowhere"))
     reset_peak_memory()
     assert 0.05 < peak_memory_gb() < 1000
