@@ -125,6 +125,12 @@ class Plan:
         """Number of rows."""
         return len(self.first) - 1
 
+    @cached_property
+    def mean_context(self) -> float:
+        """Tokens of its own piece that a token sees on average, itself included."""
+        lengths = self.length.astype(np.float64)
+        return float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
+
 
 def shuffled(count: int, seed: int, epoch: int, purpose: int) -> np.ndarray:
     """A permutation of `count` things. It sorts raw random bits, which numpy promises never to change."""
@@ -281,8 +287,7 @@ class PackedLoader:
     @property
     def mean_context(self) -> float:
         """Tokens of its own sequence that a token of this epoch sees on average, itself included."""
-        lengths = self._plan.length.astype(np.float64)
-        return float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
+        return self._plan.mean_context
 
     def state_dict(self) -> dict[str, int]:
         """Where the loader stands. The same for all ranks."""
