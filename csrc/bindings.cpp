@@ -45,6 +45,26 @@ void linear(const Input& x, const std::vector<const PackedLinear*>& weights,
   kernels().product(product);
 }
 
+// Row i of out is row rows[i] of weights that stand one below the other.
+void take_rows(const std::vector<const PackedLinear*>& weights, const Input& rows, const Output& out) {
+  require(!weights.empty(), "take_rows: one weight at least");
+  const auto count = static_cast<int64_t>(rows.size()), cols = weights[0]->cols();
+  const auto* numbers = contiguous<int64_t>(rows, {count}, "rows", "int64");
+  auto* to = contiguous<float>(out, {count, cols}, "out", "float32");
+  for (const PackedLinear* weight : weights) {
+    require(weight->cols() == cols, "take_rows: all weights must have the same number of columns");
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t row = numbers[i];
+    size_t part = 0;
+    for (; row >= 0 && part < weights.size() && row >= weights[part]->rows(); ++part)
+      row -= weights[part]->rows();
+    if (row < 0 || part == weights.size())
+      refuse("take_rows: no row %lld", static_cast<long long>(numbers[i]));
+    weights[part]->unpack_row(row, to + i * cols);
+  }
+}
+
 void check_choice(const int32_t* chosen, int64_t choices, int64_t experts) {
   for (int64_t i = 0; i < choices; ++i) {
     if (chosen[i] < 0 || chosen[i] >= experts) {
@@ -149,6 +169,7 @@ NB_MODULE(_native, m) {
                   nb::arg("importance") = nb::none())
       .def_prop_ro("shape", [](const PackedLinear& self) { return nb::make_tuple(self.rows(), self.cols()); })
       .def("unpack", &PackedLinear::unpack, nb::arg("out"));
+  m.def("take_rows", &take_rows, nb::arg("weights"), nb::arg("rows"), nb::arg("out"));
   m.def("linear", &linear, nb::arg("x"), nb::arg("weights"), nb::arg("outs"));
 
   nb::class_<PackedExperts> packed_experts(m, "PackedExperts");

@@ -157,20 +157,21 @@ struct SwiGlu {
 };
 
 // X(result, name, arguments)
-#define TENFOLD_KERNELS(X)                              \
-  X(size_t, product_scratch, (const Product&))          \
-  X(void, product, (const Product&))                    \
-  X(size_t, expert_layer_scratch, (const ExpertLayer&)) \
-  X(void, expert_layer, (const ExpertLayer&))           \
-  X(size_t, delta_net_scratch, (const DeltaNet&))       \
-  X(void, delta_net, (const DeltaNet&))                 \
-  X(size_t, attention_scratch, (const Attention&))      \
-  X(void, attention, (const Attention&))                \
-  X(void, rms_norm, (const RmsNorm&))                   \
-  X(void, route, (const Router&))                       \
-  X(void, swiglu, (const SwiGlu&))                      \
-  X(bool, pack, (const Packing&))                       \
-  X(void, unpack, (const Packing&))                     \
+#define TENFOLD_KERNELS(X)                               \
+  X(size_t, product_scratch, (const Product&))           \
+  X(void, product, (const Product&))                     \
+  X(size_t, expert_layer_scratch, (const ExpertLayer&))  \
+  X(void, expert_layer, (const ExpertLayer&))            \
+  X(size_t, delta_net_scratch, (const DeltaNet&))        \
+  X(void, delta_net, (const DeltaNet&))                  \
+  X(size_t, attention_scratch, (const Attention&))       \
+  X(void, attention, (const Attention&))                 \
+  X(void, rms_norm, (const RmsNorm&))                    \
+  X(void, route, (const Router&))                        \
+  X(void, swiglu, (const SwiGlu&))                       \
+  X(bool, pack, (const Packing&))                        \
+  X(void, unpack, (const Packing&))                      \
+  X(void, unpack_row, (const Packing&, int64_t, float*)) \
   X(uint64_t, read_memory, (const uint8_t*, size_t))
 
 struct KernelTable {

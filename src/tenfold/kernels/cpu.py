@@ -123,6 +123,13 @@ def unpack(weight: PackedLinear) -> Tensor:
     return out
 
 
+def take_rows(weights: Sequence[PackedLinear], rows: Tensor) -> Tensor:
+    """Rows, by their numbers int64 `[T]`, of weights that stand one below the other; fp32 `[T, K]`."""
+    out = torch.empty(len(rows), weights[0].shape[1])
+    _native().take_rows(list(weights), rows, out)
+    return out
+
+
 def linear(x: Tensor, weights: Sequence[PackedLinear], dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """`x @ w.T` for several weights at once: x `[T, K]`, fp32 or bf16; `[T, N]` of this dtype for each.
 
@@ -131,6 +138,14 @@ def linear(x: Tensor, weights: Sequence[PackedLinear], dtype: torch.dtype = torc
     outs = tuple(torch.empty(x.shape[0], weight.shape[0], dtype=dtype) for weight in weights)
     _native().linear(x.detach(), list(weights), list(outs))
     return outs
+
+
+def linear_stacked(x: Tensor, weights: Sequence[PackedLinear]) -> Tensor:
+    """As `linear`, for weights that stand one below the other, and fp32 `[T, N of all]`."""
+    rows = [weight.shape[0] for weight in weights]
+    out = torch.empty(x.shape[0], sum(rows))
+    _native().linear(x.detach(), list(weights), list(out.split(rows, 1)))
+    return out
 
 
 def pack_experts(gate_up: Tensor, down: Tensor, format: str) -> PackedExperts:

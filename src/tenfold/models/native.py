@@ -9,40 +9,36 @@ Shape letters: T tokens, D hidden, H heads, G key/value heads, HV value heads, K
 
 from __future__ import annotations
 
-import math
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tenfold.kernels import cpu
-from tenfold.models import Config, Model
-from tenfold.models.cache import FULL_ATTENTION
+from tenfold.models import Config
 from tenfold.models.native_cache import KeyValueMemory, NativeCache, RecurrentMemory
+from tenfold.models.packing import complete_owners, pack_owner
 from tenfold.models.qwen3_next import Qwen3NextConfig
 from tenfold.models.weights import build_on_meta, load_tokenizer, open_checkpoint, read_parameters, resolve_path
 from tenfold.ops.rotary import rotary_table
 from tenfold.tokenizer import Tokenizer
 
-Weights = Mapping[str, Tensor]  # of a layer, under Hugging Face's names without the layer's
+if TYPE_CHECKING:
+    from tenfold.models.packing import Packed
+
 PREFILL_TOKENS = 512  # that pass the layers at once, so that a long prompt needs no more memory than a short one
-SENSITIVE = {"bf16": "bf16", "int8": "int8", "int4": "int8"}  # formats of gates and head, never under 8 bits
-ROUTER = "bf16"  # whose logits decide between experts that are nearly as good
-OWNER = re.compile(r"(model\.layers\.\d+|\w+)\.(.+)")
 
 
 class Attention:
     """Softmax attention of either architecture; Qwen3-Next's has a gate on its output."""
 
-    def __init__(self, config: Config, weights: Weights, format: str) -> None:
+    def __init__(self, config: Config, packed: Packed) -> None:
         self.gated = isinstance(config, Qwen3NextConfig)
-        self.inputs = [cpu.pack_linear(weights[f"self_attn.{x}_proj.weight"], format) for x in "qkv"]
-        self.output = cpu.pack_linear(weights["self_attn.o_proj.weight"], format)
-        self.q_norm, self.k_norm = (norm_weight(config, weights[f"self_attn.{x}_norm.weight"]) for x in "qk")
+        self.inputs = [packed.matrices[f"self_attn.{x}_proj.weight"] for x in "qkv"]
+        self.output = packed.matrices["self_attn.o_proj.weight"]
+        self.q_norm, self.k_norm = (norm_weight(config, packed.tensors[f"self_attn.{x}_norm.weight"]) for x in "qk")
 
     def __call__(self, x: Tensor, memory: KeyValueMemory, batch: cpu.Batch) -> Tensor:
         q, k, v = cpu.linear(x, self.inputs)
@@ -57,16 +53,14 @@ class Attention:
 class GatedDeltaNet:
     """Linear attention: a short conv, the gated delta rule, and a gated norm."""
 
-    def __init__(self, config: Qwen3NextConfig, weights: Weights, format: str) -> None:
-        owner = "linear_attn"
-        formats = {"qkvz": format, "ba": SENSITIVE[format]}
-        self.inputs = [cpu.pack_linear(weights[f"{owner}.in_proj_{x}.weight"], f) for x, f in formats.items()]
-        self.output = cpu.pack_linear(weights[f"{owner}.out_proj.weight"], format)
+    def __init__(self, config: Qwen3NextConfig, packed: Packed) -> None:
+        self.inputs = [packed.matrices[f"linear_attn.in_proj_{x}.weight"] for x in ("qkvz", "ba")]
+        self.output = packed.matrices["linear_attn.out_proj.weight"]
         self.weights = cpu.delta_net_weights(
-            weights[f"{owner}.conv1d.weight"][:, 0],
-            weights[f"{owner}.A_log"],
-            weights[f"{owner}.dt_bias"],
-            weights[f"{owner}.norm.weight"],
+            packed.tensors["linear_attn.conv1d.weight"][:, 0],
+            packed.tensors["linear_attn.A_log"],
+            packed.tensors["linear_attn.dt_bias"],
+            packed.tensors["linear_attn.norm.weight"],
             config.linear_num_key_heads,
             config.rms_norm_eps,
         )
@@ -83,9 +77,9 @@ class GatedDeltaNet:
 class FeedForward:
     """SwiGLU."""
 
-    def __init__(self, weights: Weights, format: str) -> None:
-        self.inputs = [cpu.pack_linear(weights[f"mlp.{x}_proj.weight"], format) for x in ("gate", "up")]
-        self.output = cpu.pack_linear(weights["mlp.down_proj.weight"], format)
+    def __init__(self, packed: Packed) -> None:
+        self.inputs = [packed.matrices[f"mlp.{x}_proj.weight"] for x in ("gate", "up")]
+        self.output = packed.matrices["mlp.down_proj.weight"]
 
     def __call__(self, x: Tensor) -> Tensor:
         return cpu.linear(cpu.swiglu(*cpu.linear(x, self.inputs)), [self.output])[0]
@@ -102,10 +96,11 @@ class FeedForward:
 class SparseMoE:
     """k of E experts for each token. The shared expert is further ones, from number E, which all tokens choose."""
 
-    def __init__(self, config: Qwen3NextConfig, weights: Weights, format: str) -> None:
+    def __init__(self, config: Qwen3NextConfig, packed: Packed) -> None:
         self.k, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
-        self.router = [cpu.pack_linear(weights[f"mlp.{x}.weight"], ROUTER) for x in ("gate", "shared_expert_gate")]
-        self.experts = pack_experts(config, weights, format)
+        assert packed.experts is not None
+        self.router = [packed.matrices[f"mlp.{x}.weight"] for x in ("gate", "shared_expert_gate")]
+        self.experts = packed.experts
         self.more_shared = torch.arange(1, self.experts.shape[0] - config.num_experts, dtype=torch.int32)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -126,45 +121,30 @@ class SparseMoE:
         return self.nbytes() - self.experts.nbytes + (self.k + 1 + len(self.more_shared)) * expert
 
 
-def pack_experts(config: Qwen3NextConfig, weights: Weights, format: str) -> cpu.PackedExperts:
-    """A layer's experts; the shared one last, in as many parts of their width as it takes, the end zeros."""
-    count, width = config.num_experts, config.moe_intermediate_size
-    parts = max(1, math.ceil(config.shared_expert_intermediate_size / width))
-    experts = cpu.empty_experts(format, count + parts, config.hidden_size, width)
-    gate_up, down = weights["mlp.experts.gate_up_proj"], weights["mlp.experts.down_proj"]
-    for e in range(count):
-        gate, up = gate_up[e].chunk(2)
-        experts.pack(e, gate, up, down[e])
-    zeros = parts * width - config.shared_expert_intermediate_size
-    gate, up = (F.pad(weights[f"mlp.shared_expert.{x}_proj.weight"], (0, 0, 0, zeros)) for x in ("gate", "up"))
-    down = F.pad(weights["mlp.shared_expert.down_proj.weight"], (0, zeros))
-    for i, part in enumerate(zip(gate.split(width), up.split(width), down.split(width, 1), strict=True)):
-        experts.pack(count + i, *part)
-    return experts
+def mixer(config: Config, packed: Packed) -> Attention | GatedDeltaNet:
+    """The mixer that a layer's weights belong to."""
+    if "linear_attn.out_proj.weight" in packed.matrices:
+        assert isinstance(config, Qwen3NextConfig)
+        return GatedDeltaNet(config, packed)
+    return Attention(config, packed)
 
 
-def pack_mixer(config: Config, layer: int, weights: Weights, format: str) -> Attention | GatedDeltaNet:
-    """The mixer that the configuration has in this layer."""
-    if isinstance(config, Qwen3NextConfig) and config.layer_kinds[layer] != FULL_ATTENTION:
-        return GatedDeltaNet(config, weights, format)
-    return Attention(config, weights, format)
-
-
-def pack_feed_forward(config: Config, layer: int, weights: Weights, format: str) -> FeedForward | SparseMoE:
-    """The feed-forward that the configuration has in this layer."""
-    if isinstance(config, Qwen3NextConfig) and config.is_sparse(layer):
-        return SparseMoE(config, weights, format)
-    return FeedForward(weights, format)
+def feed_forward(config: Config, packed: Packed) -> FeedForward | SparseMoE:
+    """The feed-forward that a layer's weights belong to."""
+    if packed.experts:
+        assert isinstance(config, Qwen3NextConfig)
+        return SparseMoE(config, packed)
+    return FeedForward(packed)
 
 
 class DecoderLayer:
     """A mixer over tokens, then a feed-forward, each behind a norm."""
 
-    def __init__(self, config: Config, layer: int, weights: Weights, format: str) -> None:
-        self.mixer_norm = norm_weight(config, weights["input_layernorm.weight"])
-        self.mlp_norm = norm_weight(config, weights["post_attention_layernorm.weight"])
-        self.mixer = pack_mixer(config, layer, weights, format)
-        self.mlp = pack_feed_forward(config, layer, weights, format)
+    def __init__(self, config: Config, packed: Packed) -> None:
+        self.mixer_norm = norm_weight(config, packed.tensors["input_layernorm.weight"])
+        self.mlp_norm = norm_weight(config, packed.tensors["post_attention_layernorm.weight"])
+        self.mixer = mixer(config, packed)
+        self.mlp = feed_forward(config, packed)
 
     def __call__(
         self, x: Tensor, delta: Tensor | None, memory: KeyValueMemory | RecurrentMemory, batch: cpu.Batch
@@ -183,32 +163,35 @@ class DecoderLayer:
 class NativeModel:
     """The language model with packed weights, for one sequence at a time."""
 
-    def __init__(self, config: Config, parameters: Iterable[tuple[str, Tensor]], format: str) -> None:
-        """Takes parameters, fp32 or bf16, as they come, and keeps none: a layer is packed once it is complete.
-
-        format: of the large matrices, `bf16`, `int8` or `int4`. Raises ValueError for a shape that the kernels lack.
-        """
-        if format not in cpu.FORMATS:
-            raise ValueError(f"unknown format {format!r}: {', '.join(cpu.FORMATS)}")
-        self.config, self.format = config, format
+    def __init__(self, config: Config, owners: Iterable[tuple[str, Packed]]) -> None:
+        """Takes the packed weights of all owners, in any order. Raises ValueError for a shape that the kernels lack."""
+        self.config = config
         skeleton = build_on_meta(config)
         self._frequencies, self._rope_factor = skeleton.frequencies, skeleton.rope_factor
         layers: dict[int, DecoderLayer] = {}
-        for owner, weights in complete_owners(skeleton, parameters):
+        for owner, packed in owners:
             if owner == "model":
-                self._take_trunk(weights)
+                self._take_trunk(packed)
             elif owner == "lm_head":
-                self.head = cpu.pack_linear(weights["weight"], SENSITIVE[format])
-            elif owner != "mtp":
-                i = int(owner.removeprefix("model.layers."))
-                layers[i] = DecoderLayer(config, i, weights, format)
+                self.head = list(packed.matrices.values())
+            elif owner.startswith("model.layers."):
+                layers[int(owner.removeprefix("model.layers."))] = DecoderLayer(config, packed)
         self.layers = [layers[i] for i in range(config.num_hidden_layers)]
 
-    def _take_trunk(self, weights: Weights) -> None:
-        self.embedding = weights["embed_tokens.weight"].bfloat16()
-        self.norm = norm_weight(self.config, weights["norm.weight"])
+    @classmethod
+    def pack(cls, config: Config, parameters: Iterable[tuple[str, Tensor]], format: str) -> Self:
+        """Takes parameters, fp32 or bf16, as they come, and keeps none: an owner is packed once it is complete.
+
+        format: of the large matrices, `bf16`, `int8` or `int4`. Raises ValueError for a shape that the kernels lack.
+        """
+        owners = complete_owners(build_on_meta(config), parameters)
+        return cls(config, ((owner, pack_owner(config, owner, weights, format)) for owner, weights in owners))
+
+    def _take_trunk(self, packed: Packed) -> None:
+        self.embedding = list(packed.matrices.values())
+        self.norm = norm_weight(self.config, packed.tensors["norm.weight"])
         if self.config.tie_word_embeddings:
-            self.head = cpu.pack_linear(weights["embed_tokens.weight"], SENSITIVE[self.format])
+            self.head = self.embedding
 
     def new_cache(self) -> NativeCache:
         """An empty cache for one sequence."""
@@ -223,14 +206,14 @@ class NativeModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 `[T, vocab]` of hidden states `[T, D]`."""
-        return cpu.linear(hidden, [self.head])[0]
+        return cpu.linear_stacked(hidden, self.head)
 
     def hidden_states(self, input_ids: Tensor, cache: NativeCache) -> Tensor:
         """What the head reads, fp32 `[T, D]`, for int64 `[T]` tokens that follow those in the cache."""
         count = len(input_ids)
         positions = torch.arange(cache.length, cache.length + count)
         batch = cache.next_batch(count, rotary_table(positions, self._frequencies, self._rope_factor))
-        x, delta = self.embedding[input_ids].float(), None
+        x, delta = cpu.take_rows(self.embedding, input_ids), None
         for layer, memory in zip(self.layers, cache.layers, strict=True):
             delta = layer(x, delta, memory, batch)
         cache.length += count
@@ -238,35 +221,14 @@ class NativeModel:
 
     def nbytes(self) -> int:
         """Bytes of the embedding and of packed weights."""
+        vocabulary = {id(part): part for part in (*self.embedding, *self.head)}
         packed = sum(layer.mixer.nbytes() + layer.mlp.nbytes() for layer in self.layers)
-        return self.embedding.nbytes + self.head.nbytes + packed
+        return sum(part.nbytes for part in vocabulary.values()) + packed
 
     def bytes_per_token(self) -> int:
         """Bytes of packed weights that one token reads."""
-        return self.head.nbytes + sum(layer.mixer.nbytes() + layer.mlp.bytes_per_token() for layer in self.layers)
-
-
-def complete_owners(
-    skeleton: Model, parameters: Iterable[tuple[str, Tensor]]
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """`model.layers.N`, `model` for the rest of the trunk, `lm_head` and `mtp`, each once all its parameters came.
-
-    The mapping that comes with an owner, of names without the owner's, is emptied when the next one is asked for.
-    """
-    expected = Counter(_owner(name)[0] for name, _ in skeleton.named_parameters())
-    waiting: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name, parameter in parameters:
-        owner, rest = _owner(name)
-        waiting[owner][rest] = parameter.detach()
-        if len(waiting[owner]) == expected[owner]:
-            yield owner, waiting[owner]
-            del waiting[owner]
-
-
-def _owner(name: str) -> tuple[str, str]:
-    found = OWNER.fullmatch(name)
-    assert found, name
-    return found[1], found[2]
+        head = sum(part.nbytes for part in self.head)
+        return head + sum(layer.mixer.nbytes() + layer.mlp.bytes_per_token() for layer in self.layers)
 
 
 def norm_weight(config: Config, weight: Tensor) -> cpu.NormWeight:
@@ -285,5 +247,5 @@ def load_native(path_or_name: str | Path, format: str) -> tuple[NativeModel, Tok
     checkpoint = open_checkpoint(path)
     matrices = {tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1}
     dtype = torch.bfloat16 if matrices == {"BF16"} else torch.float32
-    model = NativeModel(checkpoint.config, read_parameters(checkpoint, dtype, progress=True), format)
+    model = NativeModel.pack(checkpoint.config, read_parameters(checkpoint, dtype, progress=True), format)
     return model, load_tokenizer(path)
