@@ -14,6 +14,7 @@
 #include "bind_layers.h"
 #include "dispatch.h"
 #include "packed.h"
+#include "run.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
@@ -39,10 +40,9 @@ void linear(const Input& x, const std::vector<const PackedLinear*>& weights,
     matrices.push_back(weight);
     outputs.push_back(out);
   }
-  Product product = {input, matrices.data(), outputs.data(), static_cast<int64_t>(weights.size()), nullptr};
-  product.scratch = scratch(kernels().product_scratch(product));
+  const auto count = static_cast<int64_t>(weights.size());
   const nb::gil_scoped_release release;
-  kernels().product(product);
+  run(Product{input, matrices.data(), outputs.data(), count, nullptr});
 }
 
 // Row i of out is row rows[i] of weights that stand one below the other.
@@ -87,12 +87,17 @@ void expert_layer(const Input& x, const PackedExperts& experts, const Input& cho
   const auto* factors = contiguous<float>(weights, {input.rows, choices}, "weights", "float32");
   require(input.rows * choices < INT32_MAX, "expert_layer: too many tokens for one call");
   check_choice(numbers, input.rows * choices, experts.count());
-  ExpertLayer layer = {input,           output,  experts.experts(), experts.format(), experts.count(),
-                       experts.width(), numbers, factors,           choices,          threads(),
-                       nullptr};
-  layer.scratch = scratch(kernels().expert_layer_scratch(layer));
   const nb::gil_scoped_release release;
-  kernels().expert_layer(layer);
+  run(ExpertLayer{input, output, experts.experts(), experts.format(), experts.count(), experts.width(),
+                  numbers, factors, choices, 0, nullptr});
+}
+
+nb::list end_profile() {
+  nb::list uses;
+  for (const Use& use : stop_profile()) {
+    uses.append(nb::make_tuple(use.kernel, use.calls, use.seconds, use.bytes, use.operations));
+  }
+  return uses;
 }
 
 // GB/s at which the pool reads memory far larger than its caches: the best of some sweeps.
@@ -158,6 +163,8 @@ NB_MODULE(_native, m) {
   m.def("use_isa", [](std::string_view name) { select_table(name); });
   m.def("threads", &threads);
   m.def("set_threads", &check_threads);
+  m.def("start_profile", &start_profile);
+  m.def("stop_profile", &end_profile);
   m.def("memory_read_gb_s", &memory_read_gb_s, nb::arg("megabytes") = 512);
 
   nb::class_<PackedLinear> packed_linear(m, "PackedLinear");

@@ -142,11 +142,11 @@ struct RmsNorm {
 };
 
 // Softmax over all experts, the `choices` largest in falling order, the lower number first where two are
-// equal. With a shared gate every token chooses one expert more, number E, by the gate's sigmoid.
+// equal. With a shared gate every token chooses `shared` experts more, numbers E and up, by the gate's sigmoid.
 struct Router {
   Rows logits;
   const Rows* shared_gate;
-  int64_t choices;
+  int64_t choices, shared;
   bool normalize;
   int32_t* chosen;
   float* weights;

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from tenfold.kernels import cpu
 from tenfold.models import Config, Model
-from tenfold.models.native import GatedDeltaNet, NativeModel, SparseMoE, load_native
+from tenfold.models.native import NativeModel, load_native
 from tenfold.models.native_cache import PAGE, NativeCache
 from tenfold.models.qwen3 import Qwen3, Qwen3Config
 from tenfold.models.qwen3_next import Qwen3Next, Qwen3NextConfig
@@ -110,25 +110,15 @@ def unpack_into(model: Model, packed: NativeModel) -> None:
     if not model.config.tie_word_embeddings:
         put_rows(parameters["lm_head.weight"], packed.head)
     for i, layer in enumerate(packed.layers):
-        place, mixer = f"model.layers.{i}", layer.mixer
-        names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-        if isinstance(mixer, GatedDeltaNet):
-            names = ("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba", "linear_attn.out_proj")
-        put(parameters, [f"{place}.{name}.weight" for name in names], [*mixer.inputs, mixer.output])
-        if isinstance(layer.mlp, SparseMoE):
-            put_experts(parameters, f"{place}.mlp", layer.mlp.experts)
-        else:
-            names = [f"{place}.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
-            put(parameters, names, [*layer.mlp.inputs, layer.mlp.output])
+        place = f"model.layers.{i}"
+        for name, weight in layer.packed.matrices.items():
+            parameters[f"{place}.{name}"].copy_(cpu.unpack(weight))
+        if layer.packed.experts is not None:
+            put_experts(parameters, f"{place}.mlp", layer.packed.experts)
 
 
 def put_rows(parameter: Parameter, parts: Sequence[cpu.PackedLinear]) -> None:
     parameter.copy_(torch.cat([cpu.unpack(part) for part in parts]))
-
-
-def put(parameters: dict[str, Parameter], names: Sequence[str], weights: Sequence[cpu.PackedLinear]) -> None:
-    for name, weight in zip(names, weights, strict=True):
-        parameters[name].copy_(cpu.unpack(weight))
 
 
 def put_experts(parameters: dict[str, Parameter], place: str, experts: cpu.PackedExperts) -> None:

@@ -96,3 +96,42 @@ def route(
     logits: Array, choices: int, normalize: bool, shared_gate: Array | None, chosen: Array, weights: Array
 ) -> None: ...
 def swiglu(gate: Array, up: Array, out: Array) -> None: ...
+
+class AttentionBlock:
+    def __init__(
+        self,
+        norm: NormWeight,
+        q: PackedLinear,
+        k: PackedLinear,
+        v: PackedLinear,
+        q_norm: NormWeight,
+        k_norm: NormWeight,
+        output: PackedLinear,
+        gated: bool,
+    ) -> None: ...
+    def __call__(self, x: Array, delta: Array | None, cache: KeyValuePages, batch: Batch, out: Array) -> None: ...
+
+class DeltaNetBlock:
+    def __init__(
+        self, norm: NormWeight, qkvz: PackedLinear, ba: PackedLinear, weights: DeltaNetWeights, output: PackedLinear
+    ) -> None: ...
+    def __call__(self, x: Array, delta: Array | None, states: RecurrentStates, batch: Batch, out: Array) -> None: ...
+
+class SparseBlock:
+    def __init__(
+        self,
+        norm: NormWeight,
+        router: PackedLinear,
+        shared_gate: PackedLinear,
+        experts: PackedExperts,
+        choices: int,
+        normalize: bool,
+    ) -> None: ...
+    def __call__(self, x: Array, delta: Array | None, out: Array) -> None: ...
+
+class DenseBlock:
+    def __init__(self, norm: NormWeight, gate: PackedLinear, up: PackedLinear, down: PackedLinear) -> None: ...
+    def __call__(self, x: Array, delta: Array | None, out: Array) -> None: ...
+
+def start_profile() -> None: ...
+def stop_profile() -> list[tuple[str, int, float, float, float]]: ...

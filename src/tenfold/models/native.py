@@ -1,10 +1,9 @@
-"""Inference on the compiled kernels: Qwen3-Next and Qwen3 from packed weights, about one call a block of a layer.
+"""Inference on the compiled kernels: Qwen3-Next and Qwen3 from packed weights.
 
-Read from the bottom up, as in `qwen3_next`: the two mixers, the two feed-forwards, a layer, the model. Activations are
-fp32. A token's results have the same bits whether it is decoded or prefilled, in chunks of any size, on any number of
-threads. Modules for multi-token prediction are left out.
+A layer is two calls; what happens in them is in csrc/blocks.cpp. Activations are fp32. A token's results have the same
+bits whether it is decoded or prefilled, in chunks of any size, on any number of threads.
 
-Shape letters: T tokens, D hidden, H heads, G key/value heads, HV value heads, K and V head dims, E experts.
+Shape letters: T tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -31,133 +30,63 @@ if TYPE_CHECKING:
 PREFILL_TOKENS = 512  # that pass the layers at once, so that a long prompt needs no more memory than a short one
 
 
-class Attention:
-    """Softmax attention of either architecture; Qwen3-Next's has a gate on its output."""
-
-    def __init__(self, config: Config, packed: Packed) -> None:
-        self.gated = isinstance(config, Qwen3NextConfig)
-        self.inputs = [packed.matrices[f"self_attn.{x}_proj.weight"] for x in "qkv"]
-        self.output = packed.matrices["self_attn.o_proj.weight"]
-        self.q_norm, self.k_norm = (norm_weight(config, packed.tensors[f"self_attn.{x}_norm.weight"]) for x in "qk")
-
-    def __call__(self, x: Tensor, memory: KeyValueMemory, batch: cpu.Batch) -> Tensor:
-        q, k, v = cpu.linear(x, self.inputs)
-        y = cpu.attention(q, k, v, self.q_norm, self.k_norm, memory.handle, batch, self.gated)
-        return cpu.linear(y, [self.output])[0]
-
-    def nbytes(self) -> int:
-        """Bytes of packed weights."""
-        return sum(weight.nbytes for weight in (*self.inputs, self.output))
-
-
-class GatedDeltaNet:
-    """Linear attention: a short conv, the gated delta rule, and a gated norm."""
-
-    def __init__(self, config: Qwen3NextConfig, packed: Packed) -> None:
-        self.inputs = [packed.matrices[f"linear_attn.in_proj_{x}.weight"] for x in ("qkvz", "ba")]
-        self.output = packed.matrices["linear_attn.out_proj.weight"]
-        self.weights = cpu.delta_net_weights(
-            packed.tensors["linear_attn.conv1d.weight"][:, 0],
-            packed.tensors["linear_attn.A_log"],
-            packed.tensors["linear_attn.dt_bias"],
-            packed.tensors["linear_attn.norm.weight"],
-            config.linear_num_key_heads,
-            config.rms_norm_eps,
-        )
-
-    def __call__(self, x: Tensor, memory: RecurrentMemory, batch: cpu.Batch) -> Tensor:
-        qkvz, ba = cpu.linear(x, self.inputs)
-        return cpu.linear(cpu.gated_delta_net(qkvz, ba, self.weights, memory.handle, batch), [self.output])[0]
-
-    def nbytes(self) -> int:
-        """Bytes of packed weights."""
-        return sum(weight.nbytes for weight in (*self.inputs, self.output))
-
-
-class FeedForward:
-    """SwiGLU."""
-
-    def __init__(self, packed: Packed) -> None:
-        self.inputs = [packed.matrices[f"mlp.{x}_proj.weight"] for x in ("gate", "up")]
-        self.output = packed.matrices["mlp.down_proj.weight"]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return cpu.linear(cpu.swiglu(*cpu.linear(x, self.inputs)), [self.output])[0]
-
-    def nbytes(self) -> int:
-        """Bytes of packed weights."""
-        return sum(weight.nbytes for weight in (*self.inputs, self.output))
-
-    def bytes_per_token(self) -> int:
-        """Those that one token reads."""
-        return self.nbytes()
-
-
-class SparseMoE:
-    """k of E experts for each token. The shared expert is further ones, from number E, which all tokens choose."""
-
-    def __init__(self, config: Qwen3NextConfig, packed: Packed) -> None:
-        self.k, self.normalize = config.num_experts_per_tok, config.norm_topk_prob
-        assert packed.experts is not None
-        self.router = [packed.matrices[f"mlp.{x}.weight"] for x in ("gate", "shared_expert_gate")]
-        self.experts = packed.experts
-        self.more_shared = torch.arange(1, self.experts.shape[0] - config.num_experts, dtype=torch.int32)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        logits, shared_gate = cpu.linear(x, self.router)
-        weights, chosen = cpu.route(logits, self.k, self.normalize, shared_gate)
-        if more := len(self.more_shared):
-            chosen = torch.cat((chosen, chosen[:, -1:] + self.more_shared), 1)
-            weights = torch.cat((weights, weights[:, -1:].expand(-1, more)), 1)
-        return cpu.expert_layer(x, self.experts, chosen, weights)
-
-    def nbytes(self) -> int:
-        """Bytes of packed weights."""
-        return self.experts.nbytes + sum(weight.nbytes for weight in self.router)
-
-    def bytes_per_token(self) -> int:
-        """Those that one token reads: of the experts, the chosen and the shared ones."""
-        expert = self.experts.nbytes // self.experts.shape[0]
-        return self.nbytes() - self.experts.nbytes + (self.k + 1 + len(self.more_shared)) * expert
-
-
-def mixer(config: Config, packed: Packed) -> Attention | GatedDeltaNet:
-    """The mixer that a layer's weights belong to."""
-    if "linear_attn.out_proj.weight" in packed.matrices:
-        assert isinstance(config, Qwen3NextConfig)
-        return GatedDeltaNet(config, packed)
-    return Attention(config, packed)
-
-
-def feed_forward(config: Config, packed: Packed) -> FeedForward | SparseMoE:
-    """The feed-forward that a layer's weights belong to."""
-    if packed.experts:
-        assert isinstance(config, Qwen3NextConfig)
-        return SparseMoE(config, packed)
-    return FeedForward(packed)
-
-
 class DecoderLayer:
-    """A mixer over tokens, then a feed-forward, each behind a norm."""
+    """A mixer over tokens, then a feed-forward, each behind a norm: two calls."""
 
     def __init__(self, config: Config, packed: Packed) -> None:
-        self.mixer_norm = norm_weight(config, packed.tensors["input_layernorm.weight"])
-        self.mlp_norm = norm_weight(config, packed.tensors["post_attention_layernorm.weight"])
-        self.mixer = mixer(config, packed)
-        self.mlp = feed_forward(config, packed)
+        self.packed, self._config = packed, config
+        self._mixer = mixer(config, packed)
+        self._feed_forward = feed_forward(config, packed)
 
     def __call__(
         self, x: Tensor, delta: Tensor | None, memory: KeyValueMemory | RecurrentMemory, batch: cpu.Batch
     ) -> Tensor:
         """What is to be added to the residual stream x `[T, D]`, after delta, which is added to x itself."""
-        normed = cpu.rms_norm(x, self.mixer_norm, delta)
-        if isinstance(self.mixer, Attention):
-            assert isinstance(memory, KeyValueMemory)
-            mixed = self.mixer(normed, memory, batch)
-        else:
-            assert isinstance(memory, RecurrentMemory)
-            mixed = self.mixer(normed, memory, batch)
-        return self.mlp(cpu.rms_norm(x, self.mlp_norm, mixed))
+        mixed = cpu.mix(self._mixer, x, delta, memory.handle, batch)
+        return cpu.feed_forward(self._feed_forward, x, mixed)
+
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that one token reads: of the experts, the chosen and the shared ones."""
+        experts, config = self.packed.experts, self._config
+        if experts is None:
+            return self.packed.nbytes()
+        assert isinstance(config, Qwen3NextConfig)
+        idle = config.num_experts - config.num_experts_per_tok
+        return self.packed.nbytes() - idle * (experts.nbytes // experts.shape[0])
+
+
+def mixer(config: Config, packed: Packed) -> cpu.AttentionBlock | cpu.DeltaNetBlock:
+    """The mixer that a layer's weights make: Gated DeltaNet, or attention, which in Qwen3-Next has an output gate."""
+    norm = norm_weight(config, packed.tensors["input_layernorm.weight"])
+    if "linear_attn.A_log" in packed.tensors:
+        qkvz, ba, output = (
+            packed.matrices[f"linear_attn.{x}.weight"] for x in ("in_proj_qkvz", "in_proj_ba", "out_proj")
+        )
+        return cpu.delta_net_block(norm, qkvz, ba, delta_net_weights(config, packed), output)
+    q, k, v, output = (packed.matrices[f"self_attn.{x}_proj.weight"] for x in "qkvo")
+    q_norm, k_norm = (norm_weight(config, packed.tensors[f"self_attn.{x}_norm.weight"]) for x in "qk")
+    gated = isinstance(config, Qwen3NextConfig)
+    return cpu.attention_block(norm, q, k, v, q_norm, k_norm, output, gated)
+
+
+def delta_net_weights(config: Config, packed: Packed) -> cpu.DeltaNetWeights:
+    """What a Gated DeltaNet has besides its projections."""
+    assert isinstance(config, Qwen3NextConfig)
+    conv, A_log, dt_bias, norm = (
+        packed.tensors[f"linear_attn.{x}"] for x in ("conv1d.weight", "A_log", "dt_bias", "norm.weight")
+    )
+    return cpu.delta_net_weights(conv[:, 0], A_log, dt_bias, norm, config.linear_num_key_heads, config.rms_norm_eps)
+
+
+def feed_forward(config: Config, packed: Packed) -> cpu.SparseBlock | cpu.DenseBlock:
+    """The feed-forward that a layer's weights make: experts, or one SwiGLU."""
+    norm = norm_weight(config, packed.tensors["post_attention_layernorm.weight"])
+    if packed.experts is None:
+        return cpu.dense_block(norm, *(packed.matrices[f"mlp.{x}_proj.weight"] for x in ("gate", "up", "down")))
+    assert isinstance(config, Qwen3NextConfig)
+    router, shared_gate = (packed.matrices[f"mlp.{x}.weight"] for x in ("gate", "shared_expert_gate"))
+    k, normalize = config.num_experts_per_tok, config.norm_topk_prob
+    return cpu.sparse_block(norm, router, shared_gate, packed.experts, k, normalize)
 
 
 class NativeModel:
@@ -222,13 +151,12 @@ class NativeModel:
     def nbytes(self) -> int:
         """Bytes of the embedding and of packed weights."""
         vocabulary = {id(part): part for part in (*self.embedding, *self.head)}
-        packed = sum(layer.mixer.nbytes() + layer.mlp.nbytes() for layer in self.layers)
-        return sum(part.nbytes for part in vocabulary.values()) + packed
+        return sum(part.nbytes for part in vocabulary.values()) + sum(x.packed.nbytes() for x in self.layers)
 
     def bytes_per_token(self) -> int:
         """Bytes of packed weights that one token reads."""
         head = sum(part.nbytes for part in self.head)
-        return head + sum(layer.mixer.nbytes() + layer.mlp.bytes_per_token() for layer in self.layers)
+        return head + sum(layer.bytes_per_token() for layer in self.layers)
 
 
 def norm_weight(config: Config, weight: Tensor) -> cpu.NormWeight:
