@@ -127,6 +127,34 @@ double memory_read_gb_s(int64_t megabytes) {
   return best;
 }
 
+// 10^9 multiplications and additions a second that the pool does on numbers in registers: the best of some rounds.
+double multiply_gop_s(std::string_view name) {
+  const Multiplier multiplier = name == "fp32"                       ? Multiplier::f32
+                                : format_named(name) == Format::bf16 ? Multiplier::bf16
+                                : format_named(name) == Format::int8 ? Multiplier::int8
+                                                                     : Multiplier::int4;
+  struct Round {
+    Multiplier multiplier;
+    std::atomic<int64_t> products{0};
+  } round{multiplier};
+  const nb::gil_scoped_release release;
+  double best = 0;
+  for (int i = 0; i < 5; ++i) {
+    round.products = 0;
+    const auto start = std::chrono::steady_clock::now();
+    run_tasks(
+        16 * threads(), kMostThreads,
+        [](const void* context, int64_t, int) noexcept {
+          auto* r = static_cast<Round*>(const_cast<void*>(context));
+          r->products += kernels().multiply_in_registers(r->multiplier);
+        },
+        &round);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    best = std::max(best, 2 * static_cast<double>(round.products) / seconds.count() / 1e9);
+  }
+  return best;
+}
+
 void check_threads(int count) {
   if (count < 1 || count > kMostThreads)
     refuse("threads must be between 1 and %d, got %d", kMostThreads, count);
@@ -166,6 +194,8 @@ NB_MODULE(_native, m) {
   m.def("start_profile", &start_profile);
   m.def("stop_profile", &end_profile);
   m.def("memory_read_gb_s", &memory_read_gb_s, nb::arg("megabytes") = 512);
+
+  m.def("multiply_gop_s", &multiply_gop_s, nb::arg("format"));
 
   nb::class_<PackedLinear> packed_linear(m, "PackedLinear");
   bind_bytes(packed_linear);

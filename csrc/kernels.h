@@ -156,6 +156,10 @@ struct SwiGlu {
   Rows gate, up, out;
 };
 
+// What `multiply_in_registers` multiplies, and how: as products with weights of these formats do, or in fp32. It says
+// how many products it has added up.
+enum class Multiplier : uint8_t { f32, bf16, int8, int4 };
+
 // X(result, name, arguments)
 #define TENFOLD_KERNELS(X)                               \
   X(size_t, product_scratch, (const Product&))           \
@@ -172,7 +176,8 @@ struct SwiGlu {
   X(bool, pack, (const Packing&))                        \
   X(void, unpack, (const Packing&))                      \
   X(void, unpack_row, (const Packing&, int64_t, float*)) \
-  X(uint64_t, read_memory, (const uint8_t*, size_t))
+  X(uint64_t, read_memory, (const uint8_t*, size_t))     \
+  X(int64_t, multiply_in_registers, (Multiplier))
 
 struct KernelTable {
   const char* name;

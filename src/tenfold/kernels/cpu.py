@@ -108,6 +108,14 @@ def memory_read_gb_s(megabytes: int = 512) -> float:
     return _native().memory_read_gb_s(megabytes)
 
 
+def multiply_gop_s(format: str) -> float:
+    """10^9 operations a second on numbers in registers, as products in this format need, or `fp32`: what bounds prefill.
+
+    A multiplication and an addition are two.
+    """
+    return _native().multiply_gop_s(format)
+
+
 def pack_linear(weight: Tensor, format: str, importance: Tensor | None = None) -> PackedLinear:
     """Packs a weight `[N, K]`, fp32 or bf16, K a multiple of 32, as `bf16`, `int8` or `int4`.
 
