@@ -34,6 +34,7 @@ from tenfold.kernels import cpu
 
 PEERS = ("llama.cpp", "ik_llama.cpp", "transformers", "vllm")
 OTHER_GB_PER_BF16 = {"transformers": 2.0, "vllm": 1.0}  # bytes of a weight there, over those in bf16
+SHAPE = "mid"  # of the model to make
 PROMPT = [9707, 11, 1879, 0, 785, 6722, 315, 9625]  # of the gate; any tokens do
 GATE = 1e-3  # relative difference of logits: the converter stores -exp(A_log), which rounds
 
@@ -49,9 +50,8 @@ class Options:
     new_tokens: int = 64
     rounds: int = 3
     threads: int = os.cpu_count() or 1
-    model: Path | None = None  # a checkpoint's folder; without it WORK/SHAPE, made if need be
-    shape: Literal["tiny", "mid"] = "mid"  # of the model to make
-    work: Path = Path("runs/peers")  # for the files to make: 16 GB for "mid"
+    model: Path | None = None  # a checkpoint's folder; without it WORK/mid, which is made if need be
+    work: Path = Path("runs/peers")  # for the files to make, 15 GB
     json: Path | None = None  # where to write everything, and to go on from
 
 
@@ -249,12 +249,12 @@ def run(options: Options) -> None:
     found = {engine.peer for engine in engines}
     say(f"engines: {', '.join(sorted(found))}; not here: {', '.join(set(options.peers) - found) or 'none'}")
     cpu.set_threads(options.threads)
-    folder = options.model or options.work / options.shape
+    folder = options.model or options.work / SHAPE
     about = machine_lines(options.threads)
     counts = {"prompts": list(options.prompts), "new_tokens": options.new_tokens, "model": str(folder)}
     record = resume(options.json, {"machine": about, "threads": options.threads, **counts})
     options.work.mkdir(parents=True, exist_ok=True)
-    make_folder(folder, options.shape)
+    make_folder(folder, SHAPE)
     tools, files = Tools(folder=options.llama_cpp), {}
     if any(isinstance(engine, LlamaBench) for engine in engines):
         files = {format: make_gguf(folder, options.work, format, tools) for format in ("bf16", *options.formats)}
