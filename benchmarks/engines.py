@@ -17,6 +17,8 @@ from typing import IO, Protocol
 from model_files import Tools
 from python_engine import Figures, Task
 
+from tenfold.memory import reset_peak_memory
+
 WORKER = Path(__file__).with_name("python_engine.py")
 SLOW_TOKENS = 16  # that a slow engine decodes
 LIMIT_S = 900.0  # after which a process is ended
@@ -129,6 +131,7 @@ def has_module(python: str, name: str) -> bool:
 def run_process(command: Sequence[str], limit_s: float = LIMIT_S) -> tuple[str, float]:
     """Output and peak memory (10^9 bytes, mapped files included); ValueError with its last line where it fails."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        reset_peak_memory()  # a process begins with its parent's peak
         process = subprocess.Popen(command, stdout=out, stderr=err)
         timer = threading.Timer(limit_s, process.kill)
         timer.start()
