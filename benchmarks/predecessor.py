@@ -77,6 +77,11 @@ class Arm:
     tokens: Tensor  # random ones, int64
 
     @property
+    def label(self) -> str:
+        """What of it is measured."""
+        return f"{self.model.config.num_hidden_layers} of {self.name}"
+
+    @property
     def times(self) -> float:
         return self.config.num_hidden_layers / self.model.config.num_hidden_layers
 
@@ -138,7 +143,7 @@ def head_case(arm: Arm) -> Case:
     """One token's logits."""
     hidden = torch.randn(1, arm.config.hidden_size)
     nbytes = arm.model.bytes_per_token() - sum(layer.bytes_per_token() for layer in arm.model.layers)
-    return Case(group="head", name=arm.name, run=lambda _: arm.model.logits(hidden), nbytes=nbytes)
+    return Case(group=f"head of {arm.name}", name="", run=lambda _: arm.model.logits(hidden), nbytes=nbytes)
 
 
 def decode_case(arm: Arm, context: int) -> Case:
@@ -148,7 +153,7 @@ def decode_case(arm: Arm, context: int) -> Case:
         arm.cache.length = context
         arm.model.hidden_states(arm.tokens[i % TOKENS][None], arm.cache)
 
-    return Case(group=f"decode at {context:,}", name=arm.name, run=run, nbytes=arm.layer_bytes(context))
+    return Case(group=f"{arm.label}, decode at {context:,}", name="", run=run, nbytes=arm.layer_bytes(context))
 
 
 def prefill_case(arm: Arm, depth: int, chunk: int) -> Case:
@@ -160,7 +165,7 @@ def prefill_case(arm: Arm, depth: int, chunk: int) -> Case:
         arm.model.hidden_states(arm.tokens[start : start + chunk], arm.cache)
 
     operations = chunk * forward_flops(arm.model.config, depth + mean_context(chunk)).layers
-    return Case(group=f"prefill at {depth:,}", name=arm.name, run=run, operations=operations)
+    return Case(group=f"{arm.label}, prefill at {depth:,}", name="", run=run, operations=operations)
 
 
 def depths_of(context: int, options: Options) -> list[int]:

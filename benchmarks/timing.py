@@ -157,10 +157,8 @@ def _rows(group: Iterator[Case], limits: Limits) -> Iterator[tuple[str, ...]]:
             case.name,
             duration(case.median),
             f"{spread(case.seconds):.0%}",
-            f"{speed:.1f}",
-            f"{speed / limits.product_gflops:.2f}",
-            f"{rate:.1f}",
-            f"{rate / limits.read_gb_s:.2f}",
+            *([f"{speed:.1f}", f"{speed / limits.product_gflops:.2f}"] if speed else ["", ""]),
+            *([f"{rate:.1f}", f"{rate / limits.read_gb_s:.2f}"] if rate else ["", ""]),
             "" if case is first else str(ratio(first.seconds, case.seconds)),
         )
 
