@@ -111,6 +111,7 @@ def take_turn(engine: Engine, job: Job, number: int, token_gb: dict[str, float])
     try:
         output, peak = run_process(engine.command(job))
         figures = engine.parse(output)
+        peak = max(peak, figures.loading_gb or 0.0)  # the process forgets a peak where it begins to measure anew
     except ValueError as error:
         if engine.peer == "tenfold":
             raise

@@ -37,7 +37,8 @@ class Figures:
     prefill: dict[str, float]  # by the prompt's length
     decode: float
     version: str
-    running_gb: float | None = None  # peak memory after loading
+    loading_gb: float | None = None  # peak memory while loading, files that are mapped included
+    running_gb: float | None = None  # peak memory after that
     token_gb: float | None = None  # of weights, that one token reads
 
 
@@ -66,6 +67,7 @@ def tenfold(task: Task) -> Figures:
     cpu.set_threads(task.threads)
     with torch.no_grad():
         model, _ = start_native(task.model, task.format)
+        loading = peak_memory_gb()
         reset_peak_memory()
         tokens, prefill = tokens_of(task), {}
         for length in task.prompts:
@@ -76,6 +78,7 @@ def tenfold(task: Task) -> Figures:
         prefill=prefill,
         decode=decode,
         version=f"{__version__}, {cpu.isa()}",
+        loading_gb=loading,
         running_gb=peak_memory_gb(),
         token_gb=model.bytes_per_token() / 1e9,
     )

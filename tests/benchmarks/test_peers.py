@@ -84,10 +84,11 @@ def test_tenfold_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     init_checkpoint("tiny", tmp_path, progress=False)
     engine = PythonEngine(peer="tenfold")
     job = Job(folder=tmp_path, gguf=None, format="int4", prompts=(8, 16), new_tokens=2, threads=1)
-    output, peak_gb = run_process(engine.command(job))
+    output, _ = run_process(engine.command(job))
     figures = engine.parse(output)
     assert set(figures.prefill) == {"8", "16"} and min(figures.decode, *figures.prefill.values()) > 0
-    assert figures.running_gb and figures.token_gb and figures.token_gb < figures.running_gb < 1.2 * peak_gb
+    assert figures.loading_gb and figures.running_gb and figures.token_gb
+    assert figures.token_gb < min(figures.loading_gb, figures.running_gb)
 
 
 def test_a_process_that_fails_is_told_in_one_line() -> None:
