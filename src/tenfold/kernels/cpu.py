@@ -109,7 +109,7 @@ def memory_read_gb_s(megabytes: int = 512) -> float:
 
 
 def multiply_gop_s(format: str) -> float:
-    """10^9 operations a second on numbers in registers, as products in this format need, or `fp32`: what bounds prefill.
+    """10^9 operations a second on numbers in registers, as a format needs them, or `fp32`: what bounds prefill.
 
     A multiplication and an addition are two.
     """
