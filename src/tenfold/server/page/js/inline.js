@@ -9,7 +9,7 @@ const WORD = /[\p{L}\p{N}]/u;
 const PUNCTUATION = /[\p{P}\p{S}]/u;
 const ESCAPABLE = /[!-/:-@[-`{-~]/;
 const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', nbsp: "\u00a0", "#39": "'" };
-const LONGEST_LABEL = 2000; // characters between brackets; bounds the search for the other bracket
+const LONGEST_LINK = 2000; // characters
 const DEEPEST = 8; // links, within which there is Markdown again
 const REACH = 400; // pieces of text over which emphasis goes; bounds the search for where it began
 
@@ -38,6 +38,8 @@ class Scanner {
     this.plain = "";
     /** @type {Array<Node | Run>} */
     this.items = [];
+    /** @type {Map<number, number> | undefined} pairs of brackets, found when first needed */
+    this.square = this.round = undefined;
     /** @type {Set<string>} closing marks that are known to be nowhere behind */
     this.absent = new Set();
   }
@@ -146,24 +148,19 @@ class Scanner {
 
   /** `[label](target "title")`; with a `!` before it an image, which is shown as a link: nothing is loaded unasked. */
   link(/** @type {number} */ bang) {
-    const begin = this.at + bang + 1;
-    const end = closingBracket(this.text, begin);
-    const rest = end < 0 ? null : /^\(\s*<?([^\s<>]*?)>?(?:\s+["'(][^"']*["')])?\s*\)/.exec(this.target(end + 1));
-    if (!rest || this.depth >= DEEPEST) return false;
-    const label = this.text.slice(begin, end);
-    const children = label ? inline(label, this.depth + 1) : [document.createTextNode(rest[1])];
-    return this.take(anchor(rest[1], children), end + 1 + rest[0].length);
-  }
-
-  /** What stands in round brackets from here on; brackets may stand in it in pairs. */
-  target(/** @type {number} */ from) {
-    if (this.text[from] !== "(") return "";
-    const end = closingBracket(this.text, from + 1, "(", ")");
-    return end < 0 ? "" : this.text.slice(from, end + 1);
+    this.square ??= brackets(this.text, "[", "]");
+    this.round ??= brackets(this.text, "(", ")");
+    const begin = this.at + bang, middle = this.square.get(begin) ?? -1, end = this.round.get(middle + 1) ?? -1;
+    if (middle < 0 || end < 0 || this.depth >= DEEPEST) return false;
+    const target = /^\s*<?([^\s<>]*)>?(?:\s+["'(][^"']*["')])?\s*$/.exec(this.text.slice(middle + 2, end));
+    if (!target) return false;
+    const label = this.text.slice(begin + 1, middle);
+    const children = label ? inline(label, this.depth + 1) : [document.createTextNode(target[1])];
+    return this.take(anchor(target[1], children), end + 1);
   }
 
   angle() {
-    const rest = this.text.slice(this.at, this.at + LONGEST_LABEL);
+    const rest = this.text.slice(this.at, this.at + LONGEST_LINK);
     const line = /^<br ?\/?>/i.exec(rest);
     if (line) return this.take(element("br"), this.at + line[0].length);
     const link = /^<((?:https?:\/\/|mailto:)[^\s<>]+)>/i.exec(rest);
@@ -181,7 +178,7 @@ class Scanner {
 
   bareLink() {
     if (WORD.test(this.plain.at(-1) ?? " ")) return false;
-    const found = BARE_LINK.exec(this.text.slice(this.at, this.at + LONGEST_LABEL))?.[0];
+    const found = BARE_LINK.exec(this.text.slice(this.at, this.at + LONGEST_LINK))?.[0];
     if (!found) return false;
     const address = trimmed(found);
     return this.take(anchor(address, [document.createTextNode(address)]), this.at + address.length);
@@ -219,17 +216,22 @@ function trimmed(/** @type {string} */ address) {
 }
 
 /**
+ * Where each opening bracket has its closing one.
  * @param {string} text
- * @param {number} from behind the opening bracket
+ * @param {string} open
+ * @param {string} close
+ * @returns {Map<number, number>}
  */
-function closingBracket(text, from, open = "[", close = "]") {
-  let depth = 1;
-  for (let i = from; i < Math.min(text.length, from + LONGEST_LABEL); i++) {
+function brackets(text, open, close) {
+  /** @type {Map<number, number>} */
+  const pairs = new Map();
+  const begun = [];
+  for (let i = 0; i < text.length; i++) {
     if (text[i] === "\\") i++;
-    else if (text[i] === open) depth++;
-    else if (text[i] === close && --depth === 0) return i;
+    else if (text[i] === open) begun.push(i);
+    else if (text[i] === close && begun.length > 0) pairs.set(/** @type {number} */ (begun.pop()), i);
   }
-  return -1;
+  return pairs;
 }
 
 /** A link, where its scheme can do no harm; else the words and the address, as text. */

@@ -129,7 +129,7 @@ export class AnswerView {
     const facts = told(message.stats ?? {}).map(([text, title]) => element("span", { title }, text));
     const note = { stopped: "stopped", length: "cut off at the token limit" }[/** @type {"stopped"} */ (message.state)];
     const stats = element("div", { class: "stats" }, note && element("span", { class: "note" }, note), ...facts);
-    this.foot.replaceChildren(...(message.state === "failed" ? [this.failure()] : []), tools, stats);
+    this.foot.replaceChildren(...(message.state === "failed" ? [this.failure()] : []), stats, tools);
   }
 
   failure() {
