@@ -66,6 +66,7 @@ class FakeServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    Reasoning, Refusal, Wait = Reasoning, Refusal, Wait  # for tests, which can't import this file
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(PAGE)))

@@ -118,7 +118,10 @@ def test_tables(run: Run) -> None:
 def test_code_keeps_every_character(run: Run) -> None:
     code = 'def f(x):\n    # "no" <b>\n\n    return f"{x}" + \'y\' * 0x1F'
     texts = [f"```python\n{code}\n```\nafter", f"1. a\n   ~~~js\n   {code}\n   ~~~", f"```\n{code}"]
-    script = MODULE + "return texts.map((t) => parse(t).map((b) => render(b)).map((e) => e.querySelector('pre')?.textContent));"
+    script = (
+        MODULE
+        + "return texts.map((t) => parse(t).map((b) => render(b)).map((e) => e.querySelector('pre')?.textContent));"
+    )
     top, nested, unfinished = run(script, texts)
     assert top == [code, None] and unfinished == [code]
     assert nested != [code]  # its lines lie left of the item, which they end
@@ -130,9 +133,55 @@ def test_code_keeps_every_character(run: Run) -> None:
 
 PIECES = st.sampled_from(
     [
-        *("a", "word ", "\n", "\n\n", "  ", "    ", "*", "**", "_", "~~", "`", "```\n", "# ", "- ", "1. ", "> ", "| ", "|-|\n"),
-        *("[", "](", ")", "!", "<", ">", "https://x.org ", "javascript:", "<script>alert(1)</script>", "<img src=x onerror=a>"),
-        *("$", "$$", "\\(", "\\)", "\\[", "\\]", "\\frac", "{", "}", "^", "x", "\\begin{align}", "\\end{align}", "&", "\\\\"),
+        *(
+            "a",
+            "word ",
+            "\n",
+            "\n\n",
+            "  ",
+            "    ",
+            "*",
+            "**",
+            "_",
+            "~~",
+            "`",
+            "```\n",
+            "# ",
+            "- ",
+            "1. ",
+            "> ",
+            "| ",
+            "|-|\n",
+        ),
+        *(
+            "[",
+            "](",
+            ")",
+            "!",
+            "<",
+            ">",
+            "https://x.org ",
+            "javascript:",
+            "<script>alert(1)</script>",
+            "<img src=x onerror=a>",
+        ),
+        *(
+            "$",
+            "$$",
+            "\\(",
+            "\\)",
+            "\\[",
+            "\\]",
+            "\\frac",
+            "{",
+            "}",
+            "^",
+            "x",
+            "\\begin{align}",
+            "\\end{align}",
+            "&",
+            "\\\\",
+        ),
         *("\\left(", "\\right)", "\\text{", "\\sqrt", "\\sum", "&lt;", "---\n", "\\", "\t", "🙂", "é"),
     ]
 )
@@ -147,7 +196,9 @@ def test_nothing_but_known_elements_and_safe_links(run: Run, texts: list[str]) -
     for found in run(SURVEY, texts):
         for name, attributes in found:
             assert name in ELEMENTS
-            assert not any(attribute.startswith("on") or attribute in {"src", "style", "id"} for attribute in attributes)
+            assert not any(
+                attribute.startswith("on") or attribute in {"src", "style", "id"} for attribute in attributes
+            )
             if "href" in attributes:
                 assert name == "a" and set(attributes) == LINK_ATTRIBUTES and SAFE.match(attributes["href"])
 
@@ -186,5 +237,8 @@ def test_emphasis_is_commonmark(run: Run, texts: list[str]) -> None:
                                   "- " * 5000, "$a" * 20000, "_a*b" * 9000, "\\[" * 20000, "|" * 30000 + "\n" + "-|" * 15000,
                                   "<" * 50000, "![](" * 9000, "$" + "{" * 5000 + "$", "a\n" * 20000])  # fmt: skip
 def test_no_text_stops_the_page(text: str, run: Run) -> None:
-    timed = MODULE + "const start = performance.now(); parse(texts[0]).map((b) => render(b)); return performance.now() - start;"
+    timed = (
+        MODULE
+        + "const start = performance.now(); parse(texts[0]).map((b) => render(b)); return performance.now() - start;"
+    )
     assert run(timed, [text]) < 2000  # milliseconds; quadratic work on these would take minutes

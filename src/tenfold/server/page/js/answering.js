@@ -6,7 +6,7 @@ import { countsOf } from "./stats.js";
 /** @typedef {import("./conversation.js").Message} Message */
 /** @typedef {import("./api.js").Piece} Piece */
 
-const SAVE_EVERY = 1000; // milliseconds, while an answer grows
+const SAVE_EVERY = 500; // milliseconds, while an answer grows
 
 export class Answering {
   /**
@@ -39,6 +39,7 @@ export class Answering {
     const controller = new AbortController();
     this.running.set(answer.conversation, controller);
     const clock = new Clock();
+    const saving = setInterval(() => this.save({ ...answer, state: "stopped" }), SAVE_EVERY); // should the page be closed
     try {
       let finish;
       for await (const piece of streamAnswer(request, apiKey, controller.signal)) {
@@ -49,6 +50,7 @@ export class Answering {
     } catch (error) {
       settle(answer, error);
     } finally {
+      clearInterval(saving);
       this.running.delete(answer.conversation);
       answer.stats = { ...answer.stats, ...clock.times() };
       this.changed(answer);
@@ -65,7 +67,6 @@ export class Answering {
     if (piece.reasoning) answer.reasoning = (answer.reasoning ?? "") + piece.reasoning;
     answer.stats = { ...answer.stats, ...clock.times() };
     this.changed(answer);
-    if (clock.due()) this.save({ ...answer, state: "stopped" }); // which it is, should the page be closed now
   }
 }
 
@@ -84,7 +85,7 @@ function settle(answer, error) {
 class Clock {
   constructor() {
     this.asked = performance.now();
-    this.first = this.content = this.last = this.saved = 0;
+    this.first = this.content = this.last = 0;
   }
 
   /** @param {boolean} isContent not reasoning */
@@ -92,13 +93,6 @@ class Clock {
     this.last = performance.now();
     this.first ||= this.last;
     if (isContent) this.content ||= this.last;
-  }
-
-  /** Whether it is time to save. */
-  due() {
-    if (this.last - this.saved < SAVE_EVERY) return false;
-    this.saved = this.last;
-    return true;
   }
 
   times() {

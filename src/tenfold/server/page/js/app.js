@@ -101,6 +101,7 @@ class App {
     if (this.answering.runs(this.conversation.id)) return;
     this.conversation.choose(message);
     this.thread.show(this.conversation.path());
+    this.thread.focusVersions(message);
     await this.store.saveEntry(this.conversation.entry);
   }
 

@@ -39,7 +39,9 @@ class Scanner {
     /** @type {Array<Node | Run>} */
     this.items = [];
     /** @type {Map<number, number> | undefined} pairs of brackets, found when first needed */
-    this.square = this.round = undefined;
+    this.square = undefined;
+    /** @type {Map<number, number> | undefined} */
+    this.round = undefined;
     /** @type {Set<string>} closing marks that are known to be nowhere behind */
     this.absent = new Set();
   }

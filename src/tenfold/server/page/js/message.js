@@ -77,7 +77,7 @@ export class AnswerView {
     this.message = message;
     this.actions = actions;
     this.asked = performance.now();
-    this.summary = element("summary");
+    this.summary = element("summary", {}, "Thinking");
     this.thoughts = new MarkdownView(element("div", { class: "prose" }));
     this.reasoning = element("details", { class: "reasoning", hidden: true }, this.summary, this.thoughts.root);
     this.reasoning.addEventListener("toggle", () => this.updateReasoning());

@@ -3,6 +3,7 @@
 /** @typedef {import("./conversation.js").Stats} Stats */
 /** @typedef {import("./api.js").Usage} Usage */
 
+const SHORTEST = 100; // milliseconds of writing that a speed can be told from: pieces may have come in one packet
 const number = new Intl.NumberFormat("en");
 
 /**
@@ -29,7 +30,7 @@ export function told(stats) {
   const { firstMs, writingMs, promptTokens, cachedTokens, tokens, acceptedTokens, draftedTokens } = stats;
   /** @type {Array<[string, string]>} */
   const facts = [];
-  if (tokens && tokens > 1 && writingMs) {
+  if (tokens && tokens > 1 && writingMs && writingMs >= SHORTEST) {
     const speed = ((tokens - 1) / writingMs) * 1000;
     facts.push([`${speed.toFixed(speed < 10 ? 1 : 0)} tokens/s`, `${number.format(tokens)} tokens in the answer`]);
   }

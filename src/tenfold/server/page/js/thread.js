@@ -79,6 +79,12 @@ export class Thread {
     this.scroller.scrollTop = this.scroller.scrollHeight;
   }
 
+  /** Puts the focus where a version was chosen: the button that was pressed is gone with the other one. */
+  focusVersions(/** @type {Message} */ message) {
+    const root = this.views.find((view) => view.message === message)?.root;
+    /** @type {HTMLElement | null | undefined} */ (root?.querySelector(".versions button:enabled"))?.focus();
+  }
+
   /** The last question, to be edited. */
   editLast() {
     const view = this.views.findLast((view) => view instanceof QuestionView);
