@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from tenfold.models.qwen3 import Qwen3, Qwen3Config
 from tenfold.models.weights import save_model
 from tenfold.tokenizer import Tokenizer
 
-SMALL = Qwen3Config(num_hidden_layers=1, hidden_size=32, intermediate_size=32, max_position_embeddings=120)
+SMALL = Qwen3Config(
+    vocab_size=280, num_hidden_layers=1, hidden_size=32, intermediate_size=32, max_position_embeddings=120
+)
 HELLO = [{"role": "user", "content": "to be?"}]
 
 
@@ -56,7 +59,8 @@ def test_a_model_alone_answers_as_llm_does(folder: Path) -> None:
 
 def test_a_seed_repeats_an_answer_and_without_one_it_varies(folder: Path) -> None:
     backend = open_local(str(folder), "float32", "cpu", None)
-    answers = [tuple(backend.answer(HELLO, Options(max_tokens=20, temperature=2.0, seed=s))) for s in (1, 1, None, None)]
+    options = [Options(max_tokens=20, temperature=2.0, seed=seed) for seed in (1, 1, None, None)]
+    answers = [list(backend.answer(HELLO, chosen)) for chosen in options]
     assert answers[0] == answers[1] and answers[2] != answers[3]
 
 
@@ -81,7 +85,9 @@ class FakeEngine:
         now, self.left = self.left[:2], self.left[2:]
         usage = Usage(prompt_tokens=9, cached_tokens=7, completion_tokens=3, drafted_tokens=2, accepted_tokens=1)
         finish = None if self.left else self.finish
-        return [Update(request_id=self.requests[-1].id, tokens=now, usage=usage, finish=finish, error="the engine is ill")]
+        return [
+            Update(request_id=self.requests[-1].id, tokens=now, usage=usage, finish=finish, error="the engine is ill")
+        ]
 
     def cancel(self, request_id: int) -> None:
         self.cancelled.append(request_id)
@@ -152,11 +158,11 @@ def test_a_server_answers(path: str, server: Any) -> None:
 def split(text: str, cuts: Sequence[int]) -> Iterator[str]:
     """The text in pieces."""
     places = [0, *sorted({cut % (len(text) + 1) for cut in cuts}), len(text)]
-    return (text[a:b] for a, b in zip(places, places[1:], strict=False))
+    return (text[a:b] for a, b in pairwise(places))
 
 
 @given(
-    thought=st.text("ab<\n/", max_size=12).map(str.lstrip),
+    thought=st.text("ab<\n/", max_size=12).map(lambda text: text.lstrip("\n")),
     answer=st.text("ab<\n/", max_size=12).map(lambda text: text.lstrip("\n")),
     opened=st.sampled_from(["no", "prompt", "answer"]),
     cuts=st.lists(st.integers(0, 99), max_size=8),
@@ -170,7 +176,16 @@ def test_reasoning_is_told_apart_however_it_is_cut(thought: str, answer: str, op
 
 
 BLOCKS = st.sampled_from(
-    ["a paragraph\nof two lines", "```python\ncode\n\n# more\n```", "- a\n- b", "1. a\n\n2. b", "# Title", "> quote", "**b**", "---"]
+    [
+        "a paragraph\nof two lines",
+        "```python\ncode\n\n# more\n```",
+        "- a\n- b",
+        "1. a\n\n2. b",
+        "# Title",
+        "> quote",
+        "**b**",
+        "---",
+    ]
 )
 
 
@@ -207,10 +222,13 @@ def test_a_conversation_is_loaded_as_it_was_saved(
     assert again.messages == talk.messages
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"messages": 3}', '{"messages": [{"role": "user"}]}', '{"messages": [{"role": "x", "content": ""}]}',
-             '{"messages": [{"role": "user", "content": 3}]}', "\x00"],
-)  # fmt: skip
+NONE = [
+    *("", "\x00", "[]", "{}", '{"messages": 3}', '{"messages": [{"role": "user"}]}'),
+    *('{"messages": [{"role": "x", "content": ""}]}', '{"messages": [{"role": "user", "content": 3}]}'),
+]
+
+
+@pytest.mark.parametrize("text", NONE)
 def test_what_is_no_conversation_changes_nothing(text: str, tmp_path: Path) -> None:
     (tmp_path / "talk.json").write_text(text)
     talk = Conversation("system")

@@ -244,12 +244,11 @@ def test_through_pipes_it_is_the_text(server: Any) -> None:
 
 def test_the_key_is_the_environments(server: Any) -> None:
     server.key = "secret"
-    for key, code in (("secret", 0), ("wrong", 2)):
-        done = subprocess.run(
-            [sys.executable, "-m", "tenfold", "chat", server.url],
-            input="hello\n", capture_output=True, text=True, timeout=60, check=False, env=os.environ | {"TENFOLD_API_KEY": key},
-        )  # fmt: skip
-        assert done.returncode == code
+    command = [sys.executable, "-m", "tenfold", "chat", server.url]
+    run = partial(subprocess.run, command, input="hello\n", capture_output=True, text=True, timeout=60, check=False)
+    assert run(env=os.environ | {"TENFOLD_API_KEY": "secret"}).returncode == 0
+    done = run(env=os.environ | {"TENFOLD_API_KEY": "wrong"})
+    assert done.returncode == 2
     assert done.stderr == "tenfold: error: invalid API key (401); set TENFOLD_API_KEY\n"
     assert server.keys == ["Bearer secret"]
 

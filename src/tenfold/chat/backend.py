@@ -60,6 +60,7 @@ class Reasoning:
         """A prompt may have opened the reasoning already."""
         self._state = "inside" if prompt.rstrip().endswith(self.OPEN) else "before"
         self._buffer = ""
+        self._thinking = False  # some reasoning has been passed on
 
     def push(self, text: str) -> Iterator[Piece]:
         """What is certain by now; line breaks around the tags are left out."""
@@ -83,11 +84,13 @@ class Reasoning:
     def _look_for_opening(self) -> None:
         begun = self._buffer.lstrip()
         if begun.startswith(self.OPEN):
-            self._state, self._buffer = "inside", begun.removeprefix(self.OPEN).lstrip("\n")
+            self._state, self._buffer = "inside", begun.removeprefix(self.OPEN)
         elif not self.OPEN.startswith(begun):
             self._state = "after"
 
     def _inside(self) -> Iterator[Piece]:
+        if not self._thinking:
+            self._buffer = self._buffer.lstrip("\n")
         thought, closing, rest = self._buffer.partition(self.CLOSE)
         held = (
             0
@@ -96,6 +99,7 @@ class Reasoning:
         )
         sure, self._buffer = thought[: len(thought) - held], rest if closing else thought[len(thought) - held :]
         if sure:
+            self._thinking = True
             yield Piece(sure, reasoning=True)
         if closing:
             self._state = "breaks"
