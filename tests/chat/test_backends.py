@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.markdown import Markdown
 
+from tenfold import cli
 from tenfold.chat.backend import Cost, Options, Piece, Reasoning
 from tenfold.chat.conversation import Conversation
 from tenfold.chat.display import finished
@@ -55,6 +57,15 @@ def test_a_model_alone_answers_as_llm_does(folder: Path) -> None:
     assert text == "".join(llm.chat(HELLO, SamplingParams(max_tokens=12, temperature=0)))
     prompt = llm.tokenizer.encode(llm.tokenizer.apply_chat_template(HELLO))
     assert isinstance(cost, Cost) and cost.prompt_tokens == len(prompt) and cost.cached_tokens is None
+
+
+def test_the_command_talks_with_a_model_here(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("to be?\n"))
+    assert cli.main(["chat", str(folder), "--max-tokens", "12", "--temperature", "0"]) == 0
+    llm = LLM.load(folder)
+    assert capsys.readouterr().out == "".join(llm.chat(HELLO, SamplingParams(max_tokens=12, temperature=0))) + "\n"
 
 
 def test_a_seed_repeats_an_answer_and_without_one_it_varies(folder: Path) -> None:

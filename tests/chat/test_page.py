@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
 T = TypeVar("T")
+PAGE = Path(__file__).parents[2] / "src" / "tenfold" / "server" / "page"
 SHIFT, ENTER, ESCAPE, UP, RELEASE = "\ue008", "\ue007", "\ue00c", "\ue013", "\ue000"  # as WebDriver has keys
 PATIENCE = 10  # seconds, on a busy machine
 XSS = """<img src=x onerror="window.hit=1"><script>window.hit=1</script> [x](javascript:window.hit=1)
@@ -34,6 +37,21 @@ request.onsuccess = () => {
   messages.forEach((message) => transaction.objectStore('messages').put(message));
   transaction.oncomplete = () => { request.result.close(); done(); };
 };"""
+
+
+SOURCES = sorted(path for path in PAGE.rglob("*") if path.suffix in {".js", ".css", ".html"})
+FORBIDDEN = re.compile(
+    r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|style=|@import|url\("
+)
+ELSEWHERE = re.compile(r"""(src|href|from|import|fetch)\W{1,3}(https?:)?//""")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_the_page_makes_no_markup_of_text_and_loads_nothing_from_elsewhere(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert not FORBIDDEN.search(text) and not ELSEWHERE.search(text)
+    assert text.count("\n") <= 400, "too long to be read"
+    assert path.suffix != ".html" or not re.search(r"<script(?![^>]*\bsrc=)|\bon\w+=", text), "a script in the page"
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,30 @@ def test_reasoning_is_seen_while_it_is_written(terminal: Terminal, server: Any) 
     assert contents(server.requests[1]) == ["why", "so", "go on"]
 
 
+def test_a_model_cannot_control_the_terminal(terminal: Terminal, server: Any) -> None:
+    attack = "\x1b]0;owned\x07\x1b[2Jclear\x9b31m"
+    server.answers["attack"] = [[server.Reasoning(attack), *attack], [server.Refusal(attack)]]
+    before = len(terminal.raw)
+    terminal.say("attack")
+    terminal.wait_for("]0;owned[2Jclear31m")
+    terminal.wait_for("> ")
+    terminal.say("/retry")
+    terminal.wait_for("error: ]0;owned[2Jclear31m")
+    assert not re.search("\x1b]|\x1b\\[2J|\x07|\x9b", terminal.raw[before:])
+
+
+def test_editing_can_be_left(terminal: Terminal, server: Any) -> None:
+    terminal.say("hello")
+    terminal.wait_for("You said: hello")
+    terminal.say("/edit")
+    terminal.wait_for("> hello")
+    terminal.type(" you" + CTRL_C)
+    terminal.wait_for("\n> ")
+    terminal.say("more")
+    terminal.wait_for("You said: more")
+    assert contents(server.requests[-1]) == ["hello", "You said: hello", "more"]
+
+
 def test_through_pipes_it_is_the_text(server: Any) -> None:
     server.answers["a"] = [["**b**", "\n\n- c"]]
     command = [sys.executable, "-m", "tenfold", "chat", server.url, "--temperature", "0"]

@@ -30,12 +30,21 @@ class Conversation:
         if text:
             self.turns.append({"role": "assistant", "content": text})
 
+    @property
+    def last_question(self) -> str:
+        """Raises ValueError where there is none."""
+        return self.turns[self._last()]["content"]
+
     def take_back(self) -> str:
         """Removes the last question with its answer, and gives the question. Raises ValueError where there is none."""
-        while self.turns:
-            message = self.turns.pop()
-            if message["role"] == "user":
-                return message["content"]
+        question = self.last_question
+        del self.turns[self._last() :]
+        return question
+
+    def _last(self) -> int:
+        for place in reversed(range(len(self.turns))):
+            if self.turns[place]["role"] == "user":
+                return place
         raise ValueError("nothing has been said yet")
 
     def save(self, path: Path) -> None:

@@ -18,6 +18,7 @@ WIDEST = 100  # columns
 THOUGHTS = 4  # lines of reasoning that are seen while it is written
 FENCE = re.compile(r" {0,3}(```|~~~)")
 CONTINUES = re.compile(r"\s|[-*+] |\d+[.)] ")  # a line that may belong to a list before it
+CONTROLS = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)), "") | {ord(kept): kept for kept in "\n\t"}
 SHORTEST = 0.1  # seconds of writing that a speed can be told from
 
 
@@ -48,18 +49,17 @@ class AnswerDisplay:
         self._last = time.monotonic()
         self._first = self._first or self._last
         if piece.reasoning:
-            self._reasoning += piece.text
+            self._reasoning += printable(piece.text)
             return
         if not self._content:
             self._begin_content()
         self.text += piece.text
-        self._pending += piece.text
         if self._console.is_terminal:
+            self._pending += printable(piece.text)
             done, self._pending = finished(self._pending)
             self._print(done)
         else:
             self._console.out(piece.text, end="", highlight=False)
-            self._pending = ""
 
     def _begin_content(self) -> None:
         self._content = self._last
@@ -84,6 +84,11 @@ class AnswerDisplay:
     def told(self, cost: Cost) -> str:
         """Speed, first token, cache hits and drafts, in a line."""
         return " · ".join(facts(cost, self._first - self._asked if self._first else None, self._last - self._first))
+
+
+def printable(text: str) -> str:
+    """Without control characters: a model, or a server, could otherwise move about in the terminal."""
+    return text.translate(CONTROLS)
 
 
 def tail(text: str, console: Console, options: ConsoleOptions, height: int, style: str = "") -> Text:

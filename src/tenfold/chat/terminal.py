@@ -14,7 +14,7 @@ from rich.theme import Theme
 
 from tenfold.chat.backend import ChatBackend, Cost, Options, Piece
 from tenfold.chat.conversation import Conversation
-from tenfold.chat.display import AnswerDisplay
+from tenfold.chat.display import AnswerDisplay, printable
 
 PROMPT, MORE, BLOCK = "> ", ". ", '"""'
 THEME = Theme({"markdown.code": "cyan", "markdown.block_quote": "dim", "markdown.h1": "bold underline"})
@@ -35,7 +35,7 @@ class Session:
     def run(self) -> None:
         """Until Ctrl-D. A mistake, an error of the model or Ctrl-C ends an answer, not the conversation."""
         prepare_keys()
-        self.notes.print(f"{self.backend.name}; /help tells what can be done, Ctrl-D leaves", markup=False)
+        self.note(f"{self.backend.name}; /help tells what can be done, Ctrl-D leaves")
         while True:
             try:
                 self.take(read_message())
@@ -44,7 +44,11 @@ class Session:
             except KeyboardInterrupt:
                 print()
             except (ValueError, OSError) as error:
-                self.notes.print(f"error: {' '.join(str(error).split())}", style="red", markup=False)
+                self.note(f"error: {' '.join(str(error).split())}", style="red")
+
+    def note(self, text: str, style: str | None = None) -> None:
+        """Says something that is not of the conversation."""
+        self.notes.print(printable(text), style=style, markup=False)
 
     def take(self, text: str) -> None:
         """A message, or a command. Raises ValueError for a mistake, and what the model raises."""
@@ -71,7 +75,7 @@ class Session:
         finally:
             self.conversation.answered(display.text)
         told = " · ".join(filter(None, (stopped, display.told(cost))))
-        self.notes.print(f"{told}\n" if told else "", markup=False)
+        self.note(f"{told}\n" if told else "")
 
 
 def prepare_keys() -> None:
@@ -126,47 +130,43 @@ def retry(session: Session, rest: str) -> None:
 
 
 def edit(session: Session, rest: str) -> None:
-    question = session.conversation.take_back()
-    try:
-        question = edited(question)
-    except BaseException:
-        session.conversation.ask(question)
-        raise
+    question = edited(session.conversation.last_question)
+    session.conversation.take_back()
     session.take(question)
 
 
 def undo(session: Session, rest: str) -> None:
     question = session.conversation.take_back()
-    session.notes.print(f"taken back: {question}", markup=False)
+    session.note(f"taken back: {question}")
 
 
 def system(session: Session, rest: str) -> None:
     if rest:
         session.conversation.system = rest
-    session.notes.print(f"system prompt: {session.conversation.system or 'none'}", markup=False)
+    session.note(f"system prompt: {session.conversation.system or 'none'}")
 
 
 def new(session: Session, rest: str) -> None:
     session.conversation = Conversation(session.conversation.system)
-    session.notes.print("a new conversation")
+    session.note("a new conversation")
 
 
 def save(session: Session, rest: str) -> None:
     session.conversation.save(path_in(rest, "/save"))
-    session.notes.print(f"{rest}: saved", markup=False)
+    session.note(f"{rest}: saved")
 
 
 def load(session: Session, rest: str) -> None:
     session.conversation.load(path_in(rest, "/load"))
     for turn in session.conversation.turns:
-        session.notes.print(f"{turn['role']}: {turn['content']}", markup=False)
+        session.note(f"{turn['role']}: {turn['content']}")
 
 
 def show_help(session: Session, rest: str) -> None:
     for name, command in COMMANDS.items():
-        session.notes.print(f"/{name + ' ' + command.argument:<16} {command.summary}", markup=False)
-    session.notes.print(f"{'Ctrl-C':<17} stop an answer, or forget a line")
-    session.notes.print(f"{'Ctrl-D':<17} leave")
+        session.note(f"/{name + ' ' + command.argument:<16} {command.summary}")
+    session.note(f"{'Ctrl-C':<17} stop an answer, or forget a line")
+    session.note(f"{'Ctrl-D':<17} leave")
     session.notes.print(
         f"A line that ends with \\ goes on; lines between {BLOCK} and {BLOCK} are one message.", markup=False
     )
