@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -15,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.text import Text
 
 from tenfold import cli
 from tenfold.chat.backend import Cost, Options, Piece, Reasoning
 from tenfold.chat.conversation import Conversation
-from tenfold.chat.display import finished
+from tenfold.chat.display import AnswerDisplay, finished, keep_maths
 from tenfold.chat.local import EngineBackend, open_local
 from tenfold.chat.remote import ServerBackend
 from tenfold.engine.llm import LLM
@@ -215,6 +217,46 @@ def test_blocks_are_shown_one_by_one_as_they_would_be_together(blocks: list[str]
         done, pending = finished(pending + part)
         shown += lines_of(done) if done else []
     assert shown + lines_of(pending) == lines_of(text)
+
+
+def screen(output: str) -> list[str]:
+    """What stands on a terminal's lines after an output of text, colours, erased lines and moves up."""
+    lines, row = [""], 0
+    for part in re.findall(r"\x1b\[[0-9;?]*[a-zA-Z]|\r|\n|[^\x1b\r\n]+", output):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif part == "\x1b[1A":
+            row -= 1
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif part[0] not in "\r\x1b":
+            lines[row] += part
+    return [line.rstrip() for line in lines]
+
+
+def test_nothing_on_the_screen_is_lost_or_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are printed above a part that another thread draws again and again."""
+    monkeypatch.setattr("tenfold.chat.display.FRAME", 0.0005)
+    output = io.StringIO()
+    text = "".join(f"paragraph {i}\nof two lines\n\n" for i in range(150))
+    with AnswerDisplay(Console(file=output, force_terminal=True, width=60, height=20, legacy_windows=False)) as display:
+        for piece in (text[i : i + 9] for i in range(0, len(text), 9)):
+            display.push(Piece(piece))
+    shown = [line for line in screen(output.getvalue()) if line]
+    assert shown == [f"paragraph {i} of two lines" for i in range(150)]
+
+
+@pytest.mark.parametrize(
+    "formula", [r"$a_1 * b_2 * c\, d$", r"$$ \left[x\right]_i^* \\ <y> $$", r"\(a_b_c\)", r"\[ \frac{a}{b}\! \]"]
+)
+def test_formulas_are_shown_as_written(formula: str) -> None:
+    shown = Text.from_ansi("\n".join(lines_of(keep_maths(f"x {formula} y `$\\_$`\n\n```\n$\\_$\n```")))).plain
+    assert formula in shown and shown.count(r"$\_$") == 2
+
+
+def test_money_is_no_formula() -> None:
+    assert keep_maths("*$5* and $10") == "*$5* and $10"
 
 
 MESSAGES = st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text(max_size=8)), max_size=6)

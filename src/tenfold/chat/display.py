@@ -5,19 +5,26 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from threading import Event, Lock, Thread
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
+from rich.segment import Segment, Segments
 from rich.text import Text
 
 from tenfold.chat.backend import Cost, Piece
 
-FRAMES = 12  # a second
+FRAME = 0.08  # seconds
 WIDEST = 100  # columns
 THOUGHTS = 4  # lines of reasoning that are seen while it is written
 FENCE = re.compile(r" {0,3}(```|~~~)")
 CONTINUES = re.compile(r"\s|[-*+] |\d+[.)] ")  # a line that may belong to a list before it
+CODE_OR_MATHS = re.compile(
+    r"(?P<code>^ *(```|~~~).*?(^ *\2|\Z)|`[^`]+`)|\$\$.+?\$\$|\$(?! )[^$\n]+(?<! )\$|\\\(.+?\\\)|\\\[.+?\\\]",
+    re.DOTALL | re.MULTILINE,
+)
+MARKS = re.compile(r"[\\*_<\[\]~&]")  # that Markdown would take from a formula
 CONTROLS = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)), "") | {ord(kept): kept for kept in "\n\t"}
 SHORTEST = 0.1  # seconds of writing that a speed can be told from
 
@@ -27,7 +34,10 @@ class AnswerDisplay:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._live = Live(self, console=console, transient=True, refresh_per_second=FRAMES)
+        self._live = Live(self, console=console, transient=True, auto_refresh=False)
+        self._writing = Lock()  # or one thread would write between another's move of the cursor and what belongs there
+        self._ended = Event()
+        self._ticker = Thread(target=self._tick, daemon=True)
         self._asked = time.monotonic()
         self._first = self._content = self._last = 0.0
         self._reasoning = self._pending = ""
@@ -35,41 +45,49 @@ class AnswerDisplay:
 
     def __enter__(self) -> AnswerDisplay:
         if self._console.is_terminal:
+            self._console.print()
             self._live.start()
+            self._ticker.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._live.stop()
-        self._print(self._pending)
-        self._pending = ""
         if not self._console.is_terminal:
             self._console.print()
+            return
+        self._ended.set()
+        self._ticker.join()
+        self._live.stop()
+        self._print(self._pending)
+
+    def _tick(self) -> None:
+        while not self._ended.wait(FRAME):
+            with self._writing:
+                self._live.refresh()
 
     def push(self, piece: Piece) -> None:
         self._last = time.monotonic()
         self._first = self._first or self._last
-        if piece.reasoning:
-            self._reasoning += printable(piece.text)
-            return
-        if not self._content:
-            self._begin_content()
-        self.text += piece.text
+        self.text += "" if piece.reasoning else piece.text
         if self._console.is_terminal:
-            self._pending += printable(piece.text)
-            done, self._pending = finished(self._pending)
-            self._print(done)
-        else:
+            with self._writing:
+                self._show(printable(piece.text), piece.reasoning)
+        elif not piece.reasoning:
             self._console.out(piece.text, end="", highlight=False)
 
-    def _begin_content(self) -> None:
-        self._content = self._last
-        if self._reasoning and self._console.is_terminal:
-            self._console.print(f"thought for {self._content - self._first:.1f} s\n", style="dim", highlight=False)
+    def _show(self, text: str, reasoning: bool) -> None:
+        if reasoning:
+            self._reasoning += text
+            return
+        if not self._content:
+            self._content = self._last
+            if self._reasoning:
+                self._console.print(f"thought for {self._content - self._first:.1f} s\n", style="dim", highlight=False)
+        done, self._pending = finished(self._pending + text)
+        self._print(done)
 
     def _print(self, text: str) -> None:
         if text.strip():
-            self._console.print(Markdown(text, code_theme="ansi_dark"), width=min(WIDEST, self._console.width))
-            self._console.print()
+            self._console.print(Segments(block(text, self._console)), end="")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The end of what is not finished yet; before there is any, a sign of life."""
@@ -84,6 +102,28 @@ class AnswerDisplay:
     def told(self, cost: Cost) -> str:
         """Speed, first token, cache hits and drafts, in a line."""
         return " · ".join(facts(cost, self._first - self._asked if self._first else None, self._last - self._first))
+
+
+def block(markdown: str, console: Console) -> Iterator[Segment]:
+    """A block of Markdown and one empty line, without the spaces at the end of lines that would be copied along."""
+    options = console.options.update(width=min(WIDEST, console.width))
+    lines = console.render_lines(Markdown(keep_maths(markdown), code_theme="ansi_dark"), options, pad=False)
+    for line in lines:
+        while line and not line[-1].text.strip():
+            line.pop()
+    filled = [place for place, line in enumerate(lines) if line]
+    for line in lines[filled[0] : filled[-1] + 1] if filled else []:
+        yield from (*line, Segment.line())
+    yield Segment.line()
+
+
+def keep_maths(markdown: str) -> str:
+    """Formulas outside of code with their marks escaped: a terminal shows them as they are written."""
+
+    def escaped(found: re.Match[str]) -> str:
+        return found[0] if found["code"] else MARKS.sub(r"\\\g<0>", found[0])
+
+    return CODE_OR_MATHS.sub(escaped, markdown)
 
 
 def printable(text: str) -> str:
