@@ -35,7 +35,7 @@ class AnswerDisplay:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live = Live(self, console=console, transient=True, auto_refresh=False)
-        self._writing = Lock()  # or one thread would write between another's move of the cursor and what belongs there
+        self._writing = Lock()  # or a frame would miss a block that is on its way from the lower part to the upper
         self._ended = Event()
         self._ticker = Thread(target=self._tick, daemon=True)
         self._asked = time.monotonic()
