@@ -29,6 +29,11 @@ EMPTY = """const done = arguments[0];
 localStorage.clear();
 const request = indexedDB.deleteDatabase('tenfold-chat');
 request.onsuccess = request.onblocked = () => done();"""
+COUNT = """const done = arguments[0], request = indexedDB.open('tenfold-chat');
+request.onsuccess = () => {
+  const count = request.result.transaction('messages').objectStore('messages').count();
+  count.onsuccess = () => { request.result.close(); done(count.result); };
+};"""
 FILL = """const [conversations, messages, done] = arguments;
 const request = indexedDB.open('tenfold-chat');
 request.onsuccess = () => {
@@ -341,6 +346,17 @@ def test_rename_search_and_delete(page: Page) -> None:
     page.click("#menu [value=delete]")
     page.click("#confirm [value=delete]")
     page.until(lambda: page.texts("#conversations a") == ["apples"] and page.texts("#thread article") == [])
+
+
+def test_deleting_stops_the_answer_and_leaves_nothing(page: Page) -> None:
+    page.server.answers["count"] = [["one", page.server.Wait()]]
+    page.say("count")
+    page.until(lambda: page.texts(".answer > .prose") == ["one"])
+    page.click("#menu [value=delete]")
+    page.click("#confirm [value=delete]")
+    page.until(lambda: page.texts("#conversations a") == [] and page.texts("#thread article") == [])
+    assert page.server.gone.wait(PATIENCE)
+    assert page.driver.execute_async_script(COUNT) == 0
 
 
 @pytest.mark.parametrize("kind", ["json", "markdown"])

@@ -16,7 +16,7 @@ export class Answering {
   constructor(changed, save) {
     this.changed = changed;
     this.save = save;
-    /** @type {Map<string, AbortController>} by conversation */
+    /** @type {Map<string, {controller: AbortController, ended: Promise<void>}>} by conversation */
     this.running = new Map();
   }
 
@@ -25,24 +25,33 @@ export class Answering {
     return this.running.has(conversation);
   }
 
-  /** @param {string} conversation */
-  stop(conversation) {
-    this.running.get(conversation)?.abort();
+  /** Resolves once what had come is saved. @param {string} conversation */
+  async stop(conversation) {
+    const answer = this.running.get(conversation);
+    answer?.controller.abort();
+    await answer?.ended;
   }
 
   /**
+   * Resolves when the answer has ended, however it did.
    * @param {Message} answer empty yet
    * @param {Record<string, unknown>} request
    * @param {string} apiKey
    */
-  async write(answer, request, apiKey) {
+  write(answer, request, apiKey) {
     const controller = new AbortController();
-    this.running.set(answer.conversation, controller);
+    const ended = this.fill(answer, streamAnswer(request, apiKey, controller.signal));
+    this.running.set(answer.conversation, { controller, ended });
+    return ended;
+  }
+
+  /** @param {Message} answer @param {AsyncGenerator<Piece>} pieces */
+  async fill(answer, pieces) {
     const clock = new Clock();
     const saving = setInterval(() => this.save({ ...answer, state: "stopped" }), SAVE_EVERY); // should the page be closed
     try {
       let finish;
-      for await (const piece of streamAnswer(request, apiKey, controller.signal)) {
+      for await (const piece of pieces) {
         this.take(answer, piece, clock);
         finish = piece.finish ?? finish;
       }

@@ -111,7 +111,9 @@ class App {
   async open() {
     const id = location.hash.slice(1);
     if (id && id === this.conversation.id) return;
-    this.conversation = this.busy.get(id) ?? (await this.load(id)) ?? Conversation.begin();
+    const conversation = this.busy.get(id) ?? (await this.load(id)) ?? Conversation.begin();
+    if (location.hash.slice(1) !== id) return; // another one was opened meanwhile
+    this.conversation = conversation;
     this.thread.replace(this.conversation.path());
     this.showState();
     document.body.classList.remove("drawer");
@@ -139,7 +141,7 @@ class App {
   async delete() {
     const { id, entry } = this.conversation;
     if (!(await confirmDelete(entry.title))) return;
-    this.answering.stop(id);
+    await this.answering.stop(id);
     await this.store.remove(id);
     location.hash = "";
     await this.listConversations();
