@@ -150,7 +150,8 @@ class NativeModel:
         skeleton = build_on_meta(config)
         self._rotary = RotaryTable(skeleton.frequencies, skeleton.rope_factor)
         packed = dict(owners)
-        self._digest = weights_digest(config, packed)
+        told = f"{weights_digest(config, packed)} {kv_format} {cpu.isa()} {NUMERICS}"
+        self.fingerprint = hashlib.sha256(told.encode()).hexdigest()  # of what decides the bits of what is cached
         self.embedding = list(packed["model"].matrices.values())
         self.head = self.embedding if config.tie_word_embeddings else list(packed["lm_head"].matrices.values())
         self.norm = norm_weight(config, packed["model"].tensors["norm.weight"])
@@ -173,12 +174,6 @@ class NativeModel:
         owners = complete_owners(build_on_meta(config), parameters)
         packed = ((owner, pack_owner(config, owner, weights, format)) for owner, weights in owners)
         return cls(config, packed, kv_format)
-
-    @property
-    def fingerprint(self) -> str:
-        """The same for the same bits of keys, values and states."""
-        text = f"{self._digest} {self.kv_format} {cpu.isa()} {NUMERICS}"
-        return hashlib.sha256(text.encode()).hexdigest()
 
     # ---- one sequence --------------------------------------------------------------------------------------
 
