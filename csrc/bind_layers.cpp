@@ -130,8 +130,8 @@ void bind_layers(nb::module_& m) {
   using Pages = std::optional<std::vector<Input>>;
   using Saves = std::optional<std::vector<std::vector<int64_t>>>;
   nb::class_<Batch>(m, "Batch")
-      .def(nb::init<std::vector<int64_t>, Indices, Indices, Pages, std::optional<Input>,
-                    std::optional<Input>, Saves>(),
+      .def(nb::init<std::vector<int64_t>, Indices, Indices, Pages, std::optional<Input>, std::optional<Input>,
+                    Saves>(),
            nb::arg("bounds"), nb::arg("slots") = nb::none(), nb::arg("past") = nb::none(),
            nb::arg("pages") = nb::none(), nb::arg("cos") = nb::none(), nb::arg("sin") = nb::none(),
            nb::arg("saves") = nb::none())

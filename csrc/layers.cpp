@@ -111,7 +111,7 @@ void Batch::take_rotation() {
 }
 
 Sequences Batch::view() const {
-  return {count(),      bounds_.data(),     slots_.data(), past_.data(), page_tables_.data(),
+  return {count(),       bounds_.data(),     slots_.data(), past_.data(), page_tables_.data(),
           saved_.data(), save_tables_.data()};
 }
 

@@ -31,6 +31,7 @@ T = TypeVar("T")
 Shape = Literal["tiny", "mid", "80b-a3b"]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Quantization = Literal["bf16", "int8", "int4"]
+KvFormat = Literal["fp32", "fp16", "bf16", "int8"]
 Inputs = Annotated[
     Positional[tuple[str, ...]],
     arg(metavar="INPUT...", help="files, folders, globs, wikitext-2", help_behavior_hint="(required)"),
@@ -171,6 +172,7 @@ class Bench:
     new_tokens: int = 64  # that follow one by one
     threads: int | None = None  # of the kernels; without it one per core
     rounds: int = 5  # after one to warm up
+    kv_format: KvFormat = "fp16"  # of keys and values
     json: bool = False  # for programs
 
     def run(self) -> None:
@@ -178,7 +180,8 @@ class Bench:
 
         from tenfold.engine.bench import bench
 
-        result = bench(self.model, self.quantization, self.prompt_tokens, self.new_tokens, self.threads, self.rounds)
+        counts = (self.prompt_tokens, self.new_tokens, self.threads, self.rounds)
+        result = bench(self.model, self.quantization, *counts, self.kv_format)
         if self.json:
             print(json.dumps(asdict(result), indent=2))
         else:

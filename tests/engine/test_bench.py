@@ -55,6 +55,11 @@ def test_figures_agree(folder: Path, quantization: str, capsys: pytest.CaptureFi
     assert 0 < result["token_gb"] < result["weights_gb"] < result["peak_rss_gb"]
 
 
+def test_the_format_of_keys_and_values_is_taken_and_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments(folder, "--kv-format", "int8", "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["kv_format"] == "int8"
+
+
 def test_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments(folder)) == 0
     told = capsys.readouterr().out
