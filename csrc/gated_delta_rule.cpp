@@ -184,7 +184,8 @@ TENFOLD_INLINE void write_state(float* state, int64_t dim, F32 decay, const floa
   }
 }
 
-// Decoding reads a state from memory: the rows after these are on their way while these are computed.
+// Decoding reads a state from memory: the rows after these, which may be the next value head's, are on their way while
+// these are computed.
 void fetch_state(const float* state, int64_t dim) {
   for (int64_t i = 0; i < kLanes * dim; i += 16) __builtin_prefetch(state + i);
 }
@@ -202,7 +203,7 @@ void recur(const Head& h, int64_t shared, int64_t begin, int64_t count) {
   const int64_t dim = h.layer.key_dim, value_dim = h.layer.value_dim;
   for (int64_t v = 0; v < value_dim; v += kLanes) {
     float* state = h.state(h.slot, shared) + v * dim;
-    if (v + kLanes < value_dim) fetch_state(state + kLanes * dim, dim);
+    if (v + kLanes < value_dim || shared + 1 < h.layer.shared) fetch_state(state + kLanes * dim, dim);
     for (int64_t t = 0; t < count; ++t) {
       const float *q = h.mixed(t), *k = q + dim;
       float* value = h.mixed(t) + 2 * dim + shared * value_dim + v;
@@ -235,6 +236,7 @@ void gated_norm(const Head& h, int64_t begin, int64_t count) {
 }
 
 void advance(const Head& h) {
+  fetch_state(h.state(h.slot, 0), h.layer.key_dim);
   load_conv_state(h);
   for (int64_t begin = 0; begin < h.tokens; begin += kBlockTokens) {
     const int64_t left = h.tokens - begin, count = left < kBlockTokens ? left : kBlockTokens;
