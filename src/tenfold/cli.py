@@ -32,6 +32,7 @@ T = TypeVar("T")
 Shape = Literal["tiny", "mid", "80b-a3b"]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Quantization = Literal["bf16", "int8", "int4"]
+KvFormat = Literal["fp32", "fp16", "bf16", "int8"]
 Inputs = Annotated[
     Positional[tuple[str, ...]],
     arg(metavar="INPUT...", help="files, folders, globs, wikitext-2", help_behavior_hint="(required)"),
@@ -212,6 +213,7 @@ class Bench:
     threads: int | None = None  # of the kernels; without it one per core
     rounds: int = 5  # after one to warm up
     profile: bool = False  # tell where the time goes, kernel by kernel
+    kv_format: KvFormat = "fp16"  # of keys and values
     json: bool = False  # for programs
 
     def run(self) -> None:
@@ -219,8 +221,8 @@ class Bench:
 
         from tenfold.engine.bench import bench
 
-        counts = self.prompt_tokens, self.new_tokens, self.threads, self.rounds
-        result = bench(self.model, self.quantization, *counts, profiled=self.profile)
+        counts = (self.prompt_tokens, self.new_tokens, self.threads, self.rounds)
+        result = bench(self.model, self.quantization, *counts, self.kv_format, self.profile)
         if self.json:
             print(json.dumps(asdict(result), indent=2))
         else:

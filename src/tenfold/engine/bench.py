@@ -27,6 +27,7 @@ class BenchResult:
 
     model: str
     quantization: str
+    kv_format: str  # of keys and values
     isa: str
     threads: int
     prompt_tokens: int
@@ -78,19 +79,20 @@ def bench(
     new_tokens: int = 64,
     threads: int | None = None,
     rounds: int = 5,
+    kv_format: str = "fp16",
     profiled: bool = False,
 ) -> BenchResult:
     """Loads a model and measures it, after one round to warm up; the memory is probed before every round.
 
-    threads: of the kernels; without it as many as they choose. Raises ValueError where a count makes no sense or the
-    context is too short, and as `load_native`.
+    threads: of the kernels; without it as many as they choose. kv_format: of keys and values. Raises ValueError where
+    a count makes no sense or the context is too short, and as `load_native`.
     """
     cpu.require()
     _check(prompt_tokens, new_tokens, rounds)
     if threads is not None:
         cpu.set_threads(threads)
     reset_peak_memory()
-    model, _ = start_native(path_or_name, quantization)
+    model, _ = start_native(path_or_name, quantization, kv_format)
     loading = peak_memory_gb()
     reset_peak_memory()
     tokens = _tokens(model, prompt_tokens + new_tokens)
@@ -103,6 +105,7 @@ def bench(
     return BenchResult(
         model=str(path_or_name),
         quantization=quantization,
+        kv_format=kv_format,
         isa=cpu.isa(),
         threads=cpu.threads(),
         prompt_tokens=prompt_tokens,

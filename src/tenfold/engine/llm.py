@@ -124,10 +124,12 @@ def continue_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, max_t
     return "".join(LLM(model, tokenizer).generate(prompt, SamplingParams(max_tokens=max_tokens)))
 
 
-def start_native(path_or_name: str | Path, format: str) -> tuple[NativeModel, Tokenizer | None]:
+def start_native(
+    path_or_name: str | Path, format: str, kv_format: str = "fp16"
+) -> tuple[NativeModel, Tokenizer | None]:
     """`load_native`, in a process that is then the kernels': torch keeps one thread."""
     torch.set_num_threads(1)  # or its threads, which spin for a while after each op, take the cores from the kernels'
-    return load_native(path_or_name, format)
+    return load_native(path_or_name, format, kv_format)
 
 
 class LLM:
