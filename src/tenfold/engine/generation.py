@@ -1,0 +1,113 @@
+"""A request under way: its tokens, what it holds of the model's memory, and how its next token is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tenfold.engine.cache_manager import Claim
+from tenfold.engine.request import FinishReason, Request, Usage
+from tenfold.engine.sampler import Sampler
+from tenfold.engine.step_cost import DraftLength
+from tenfold.engine.stopping import Stopping
+
+
+@dataclass(eq=False, kw_only=True)
+class Generation:
+    """Its state in the model is that after `computed` of its tokens; prefill, decoding and resuming are all one:
+    tokens that are known and not computed are run, and behind the last of them the next one is drawn."""
+
+    request: Request
+    arrival: int
+    sampler: Sampler
+    stopping: Stopping
+    draft_length: DraftLength
+    last_token: int  # the most tokens that prompt and answer may have
+    tokens: list[int] = field(init=False)
+    cached: int | None = None  # of the prompt, known once it has started
+    drafted: int = 0
+    accepted: int = 0
+    finish: FinishReason | None = None
+    # what it holds while it runs
+    pages: list[int] = field(default_factory=list)
+    slot: int = -1
+    computed: int = 0
+    hidden: Tensor | None = None  # `[D]`, of the last computed token
+    undrafted: list[Tensor] = field(default_factory=list)  # `[T, D]`, of the last ones, that the draft module lacks
+    points: list[int] = field(default_factory=list)  # where a snapshot is to be made, ascending
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt_ids)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def answer(self) -> Sequence[int]:
+        return self.tokens[self.prompt_tokens :]
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens that are not computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the next step draws a token and needs hardly any computing for that."""
+        return self.remaining <= 1
+
+    @property
+    def room(self) -> int:
+        """How many tokens more it may have."""
+        return self.last_token - len(self.tokens)
+
+    @property
+    def drafted_length(self) -> int:
+        """Entries that the draft module has of it: with all of `undrafted` fed, one for each computed token."""
+        return self.computed - sum(map(len, self.undrafted))
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached or 0,
+            completion_tokens=len(self.tokens) - self.prompt_tokens,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
+        )
+
+    def start(self, claim: Claim, points: list[int]) -> None:
+        """Goes on from what the cache has; `cached` counts what was never computed for this request."""
+        hit = min(claim.length, self.prompt_tokens)
+        self.cached = hit if self.cached is None else min(self.cached, hit)
+        self.pages, self.slot, self.computed = claim.pages, claim.slot, claim.length
+        self.hidden = claim.hidden
+        self.undrafted = [] if claim.hidden is None else [claim.hidden[None]]
+        self.points = points
+
+    def stop_holding(self) -> None:
+        """Its pages and slot are someone else's now."""
+        self.pages, self.slot, self.computed = [], -1, 0
+        self.hidden, self.undrafted, self.points = None, [], []
+
+    def advance(self, hidden: Tensor) -> None:
+        """Tokens were computed: their hidden states `[T, D]`."""
+        if len(hidden):
+            self.computed += len(hidden)
+            self.hidden = hidden[-1].clone()  # a view would keep the whole step's
+            self.undrafted.append(hidden.clone())
+            self.points = [point for point in self.points if point > self.computed]
+
+    def add_point(self, point: int, near: int) -> None:
+        """Another request will go on from here, if there is no snapshot shortly before."""
+        if not any(point - near < other <= point for other in self.points):
+            self.points = sorted([*self.points, point])
+
+    def take_undrafted(self) -> Tensor:
+        """Rows for the draft module, `[T, D]`, which has them from now on."""
+        rows, self.undrafted = torch.cat(self.undrafted), []
+        return rows
