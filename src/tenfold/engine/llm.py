@@ -59,15 +59,18 @@ def _check_prompt(prompt_ids: Sequence[int], config: Config) -> None:
 
 def _tokens(model: LanguageModel[C], prompt_ids: list[int], params: SamplingParams) -> Iterator[int]:
     cache = model.new_cache()
-    sampler, stops = Sampler(params), {*params.stop_ids, *eos_ids(model.config)}
+    eos = () if params.ignore_eos else eos_ids(model.config)
+    sampler, stops = Sampler(params, prompt_ids, eos), {*params.stop_ids, *eos}
     room = model.config.max_position_embeddings - len(prompt_ids)
+    answer: list[int] = []
     fresh = prompt_ids
-    for _ in range(min(params.max_tokens, room)):
+    for position in range(min(params.max_tokens, room)):
         with torch.no_grad():
-            token = sampler(model.next_logits(fresh, cache))
+            token = sampler.sample(model.next_logits(fresh, cache), position, answer)
         if token in stops:
             return
         yield token
+        answer.append(token)
         fresh = [token]
 
 
