@@ -3,9 +3,9 @@
 Keys and values can be cut at any token, a recurrent state cannot: it exists only where someone copied it. So a request
 starts where the cache has both, at a *snapshot*.
 
-* The tree, one for each isolation word: a **node** is one full page; its key are the page's tokens, and its place in the
-  tree are the tokens before it. A draft module's keys and values at a position depend on the token that follows, so for
-  a model that drafts the key has that token as well (`lookahead`), and a node never changes after it was made.
+* The tree, one for each isolation word: a **node** is one full page; its key are the page's tokens, its place in the
+  tree are the tokens before it. A draft module's keys and values at a position depend on the token that follows, so
+  for a model that drafts the key has that token as well (`lookahead`), and a node never changes after it was made.
 * A **snapshot** hangs at the node of its last full page. It has the tokens behind that page (its *tail*), a page of its
   own with their keys and values, a slot with the recurrent state behind the last of them, and the last hidden state,
   with which the draft module goes on and a repeated prompt has its first token at once.
@@ -146,10 +146,10 @@ class PrefixCache:
             self.pages.hold(page)
         slot, tail = self._resume(match.snapshot) if match.snapshot else (self._fresh_slot(), [])
         pages += tail
-        more = self.take_pages(self.pages_for(tokens) - len(pages))
-        assert more is not None, "started without room"
+        extended = self.extend(pages, tokens)
+        assert extended, "started without room"
         hidden = match.snapshot.hidden if match.snapshot else None
-        return Claim(length=match.length, pages=pages + more, slot=slot, hidden=hidden)
+        return Claim(length=match.length, pages=pages, slot=slot, hidden=hidden)
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)
@@ -204,6 +204,12 @@ class PrefixCache:
                 return None
             self._evict_by_score(victims)
         return [self.pages.take() for _ in range(count)]
+
+    def extend(self, pages: list[int], tokens: int) -> bool:
+        """Takes pages until there are enough for so many tokens; False, and none taken, where there is no room."""
+        more = self.take_pages(max(0, self.pages_for(tokens) - len(pages)))
+        pages += more or []
+        return more is not None
 
     def give_back(self, pages: Sequence[int]) -> None:
         for page in pages:
@@ -351,7 +357,9 @@ class PrefixCache:
     def check_integrity(self, held_pages: list[int], held_slots: list[int]) -> None:
         """held: what running sequences have, once for each. Every page and slot is where it is counted, once."""
         nodes = [node for root in self._roots.values() for node in _descendants(root)]
-        hanging = [s for root in self._roots.values() for node in (root, *_descendants(root)) for s in node.snapshots.values()]
+        hanging = [
+            s for root in self._roots.values() for node in (root, *_descendants(root)) for s in node.snapshots.values()
+        ]
         assert len(hanging) == len(self._snapshots) and set(hanging) == self._snapshots
         for node in nodes:
             assert node.children or node.snapshots, "a node leads to no snapshot"

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tenfold.engine.cache_manager import Claim
-from tenfold.engine.request import FinishReason, Request, Usage
+from tenfold.engine.request import FinishReason, Request, TokenLogprob, Usage
 from tenfold.engine.sampler import Sampler
 from tenfold.engine.step_cost import DraftLength
-from tenfold.engine.stopping import Stopping
+from tenfold.engine.stopping import Stopping, Verdict
 
 
 @dataclass(eq=False, kw_only=True)
@@ -24,10 +24,14 @@ class Generation:
     arrival: int
     sampler: Sampler
     stopping: Stopping
+    stop_ids: frozenset[int]
     draft_length: DraftLength
     last_token: int  # the most tokens that prompt and answer may have
+    drafts_follow: bool  # whether the draft module has to see its tokens
     tokens: list[int] = field(init=False)
+    answer: list[int] = field(default_factory=list)
     cached: int | None = None  # of the prompt, known once it has started
+    prompt_logprobs: list[list[TokenLogprob]] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
     finish: FinishReason | None = None
@@ -37,18 +41,17 @@ class Generation:
     computed: int = 0
     hidden: Tensor | None = None  # `[D]`, of the last computed token
     undrafted: list[Tensor] = field(default_factory=list)  # `[T, D]`, of the last ones, that the draft module lacks
+    drafts: list[int] = field(default_factory=list)  # guesses that this step checks
+    saves: list[int] = field(default_factory=list)  # slots for the states after the next token and after each of them
     points: list[int] = field(default_factory=list)  # where a snapshot is to be made, ascending
 
     def __post_init__(self) -> None:
+        self.logprobs_wanted = self.request.params.prompt_logprobs is not None
         self.tokens = list(self.request.prompt_ids)
 
     @property
     def prompt_tokens(self) -> int:
         return len(self.request.prompt_ids)
-
-    @property
-    def answer(self) -> Sequence[int]:
-        return self.tokens[self.prompt_tokens :]
 
     @property
     def remaining(self) -> int:
@@ -61,6 +64,11 @@ class Generation:
         return self.remaining <= 1
 
     @property
+    def reads_cache(self) -> bool:
+        """Not before the logprobs of its prompt are out, for which all of it is computed."""
+        return not self.logprobs_wanted
+
+    @property
     def room(self) -> int:
         """How many tokens more it may have."""
         return self.last_token - len(self.tokens)
@@ -68,7 +76,16 @@ class Generation:
     @property
     def drafted_length(self) -> int:
         """Entries that the draft module has of it: with all of `undrafted` fed, one for each computed token."""
-        return self.computed - sum(map(len, self.undrafted))
+        return self.computed - self.undrafted_rows
+
+    @property
+    def undrafted_rows(self) -> int:
+        return sum(map(len, self.undrafted))
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a snapshot is to be made here."""
+        return bool(self.points) and self.points[0] == self.computed
 
     @property
     def usage(self) -> Usage:
@@ -86,26 +103,51 @@ class Generation:
         self.cached = hit if self.cached is None else min(self.cached, hit)
         self.pages, self.slot, self.computed = claim.pages, claim.slot, claim.length
         self.hidden = claim.hidden
-        self.undrafted = [] if claim.hidden is None else [claim.hidden[None]]
+        self.undrafted = [claim.hidden[None]] if claim.hidden is not None and self.drafts_follow else []
         self.points = points
+        self.prompt_logprobs = []
 
     def stop_holding(self) -> None:
         """Its pages and slot are someone else's now."""
         self.pages, self.slot, self.computed = [], -1, 0
-        self.hidden, self.undrafted, self.points = None, [], []
+        self.hidden, self.undrafted, self.points, self.drafts, self.saves = None, [], [], [], []
 
     def advance(self, hidden: Tensor) -> None:
         """Tokens were computed: their hidden states `[T, D]`."""
         if len(hidden):
             self.computed += len(hidden)
             self.hidden = hidden[-1].clone()  # a view would keep the whole step's
-            self.undrafted.append(hidden.clone())
-            self.points = [point for point in self.points if point > self.computed]
+            self.points = [point for point in self.points if point >= self.computed]
+            if self.drafts_follow:
+                self.undrafted.append(hidden.clone())
 
     def add_point(self, point: int, near: int) -> None:
         """Another request will go on from here, if there is no snapshot shortly before."""
         if not any(point - near < other <= point for other in self.points):
             self.points = sorted([*self.points, point])
+
+    def draw(self, logits: Tensor, ahead: Sequence[int] = ()) -> int:
+        """The token behind the answer and `ahead`, given logits `[vocab]`. Raises ValueError where there is none."""
+        answer = [*self.answer, *ahead] if ahead else self.answer
+        return self.sampler.sample(logits, len(answer), answer)
+
+    def push(self, token: int) -> Verdict:
+        """Continues the answer, but with a stop token: what it lets out, and whether it ends."""
+        verdict = self.stopping.push(token)
+        if verdict.stopped_by is None or isinstance(verdict.stopped_by, str):
+            self.tokens.append(token)
+            self.answer.append(token)
+        return verdict
+
+    def note_drafts(self, drafted: int, accepted: int) -> None:
+        self.drafted += drafted
+        self.accepted += accepted
+        self.draft_length.observe(drafted, accepted)
+
+    def take_prompt_logprobs(self) -> list[list[TokenLogprob]] | None:
+        """Once, when the prompt is through."""
+        wanted, self.logprobs_wanted = self.logprobs_wanted, False
+        return self.prompt_logprobs if wanted else None
 
     def take_undrafted(self) -> Tensor:
         """Rows for the draft module, `[T, D]`, which has them from now on."""

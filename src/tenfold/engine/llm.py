@@ -41,11 +41,12 @@ def generate(model: LanguageModel[C], prompt_ids: Sequence[int], params: Samplin
     where the context is full. Raises ValueError, on the call, for a prompt that is empty, too long, or not of
     the model's vocabulary.
     """
-    _check_prompt(prompt_ids, model.config)
+    check_prompt(prompt_ids, model.config)
     return _tokens(model, list(prompt_ids), params)
 
 
-def _check_prompt(prompt_ids: Sequence[int], config: Config) -> None:
+def check_prompt(prompt_ids: Sequence[int], config: Config) -> None:
+    """Raises ValueError for a prompt that a model cannot take."""
     if not prompt_ids:
         raise ValueError("the prompt is empty: give at least one token, for example the end-of-text token")
     if len(prompt_ids) > config.max_position_embeddings:

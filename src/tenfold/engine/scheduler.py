@@ -66,19 +66,13 @@ class Scheduler:
     def _make_room(self) -> None:
         """A page for whoever decodes into a new one, oldest first."""
         for generation in list(self.running):
-            while generation in self.running and not self._has_room(generation):
+            while generation in self.running and not self._cache.extend(generation.pages, len(generation.tokens)):
                 self.preempt(self.running[-1])
-
-    def _has_room(self, generation: Generation) -> bool:
-        missing = self._cache.pages_for(len(generation.tokens)) - len(generation.pages)
-        more = self._cache.take_pages(max(0, missing))
-        generation.pages += more or []
-        return more is not None
 
     def preempt(self, generation: Generation) -> None:
         """It waits again, at its place; what it has computed is kept as long as nobody needs the room."""
-        self.running.remove(generation)
         self._park(generation)
+        self.running.remove(generation)
         self.add(generation)
 
     # ---- admission

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,17 +20,6 @@ from tenfold.engine.model_runner import EngineModel, Span
 from tenfold.engine.scheduler import Work
 from tenfold.engine.step_cost import StepCost
 
-MOST_UNDRAFTED = 256  # rows that wait for the draft module while a request does without it
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drafts:
-    """Guesses for one generation, and slots for the state after its next token and after each guess."""
-
-    generation: Generation
-    saves: list[int]
-    tokens: list[int] = field(default_factory=list)
-
 
 class Speculator:
     """Drafts for those for whom it pays."""
@@ -40,63 +28,73 @@ class Speculator:
         """most: drafts of a request in a step."""
         self._model, self._cache, self._costs, self._most = model, cache, costs, most
 
-    def draft(self, work: Sequence[Work]) -> dict[Generation, Drafts]:
-        """Guesses what follows the one token that each decoding generation has to compute."""
+    def draft(self, work: Sequence[Work]) -> None:
+        """Guesses what follows the one token that a decoding generation has to compute, for each that gains by it."""
         answers = sum(part.count == part.generation.remaining for part in work)
         tokens = sum(part.count for part in work)
-        chosen: dict[Generation, Drafts] = {}
+        drafting = []
         for part in work:
             generation = part.generation
-            if generation.remaining == part.count == 1 and generation.undrafted:
-                most = min(self._most, generation.room - 1)
-                wanted = generation.draft_length.choose(tokens, answers, most) if most > 0 else 0
-                saves = self._room(generation, wanted)
-                if saves:
-                    chosen[generation] = Drafts(generation=generation, saves=saves)
-        if chosen:
-            self._chain(list(chosen.values()))
-        return chosen
+            most = min(self._most, generation.room - 1)
+            if generation.remaining == part.count == 1 and generation.undrafted and most > 0:
+                self._make_room(generation, generation.draft_length.choose(tokens, answers, most))
+                drafting += [generation] if generation.saves else []
+        if drafting:
+            self._chain(drafting)
 
-    def _room(self, generation: Generation, drafts: int) -> list[int]:
-        """Slots and pages for so many drafts, or for as many as there is room for: one slot more than drafts."""
-        while drafts:
-            missing = self._cache.pages_for(len(generation.tokens) + drafts) - len(generation.pages)
-            more = self._cache.take_pages(max(0, missing))
-            if more is not None:
-                generation.pages += more
-                return self._slots(drafts + 1)
+    def _make_room(self, generation: Generation, drafts: int) -> None:
+        """Pages, and slots for the state after the next token and after each draft, for as many as there is room."""
+        while drafts and not self._cache.extend(generation.pages, len(generation.tokens) + drafts):
             drafts -= 1
-        return []
+        while drafts and len(generation.saves) < drafts + 1 and (slot := self._cache.take_slot()) is not None:
+            generation.saves.append(slot)
+        if len(generation.saves) == 1:  # no room for a draft
+            self._cache.slots.release(generation.saves.pop())
 
-    def _slots(self, count: int) -> list[int]:
-        slots: list[int] = []
-        while len(slots) < count and (slot := self._cache.take_slot()) is not None:
-            slots.append(slot)
-        if len(slots) == 1:  # no room for a draft
-            self._cache.slots.release(slots.pop())
-        return slots
-
-    def _chain(self, drafts: list[Drafts]) -> None:
+    def _chain(self, drafting: list[Generation]) -> None:
         """One guess for all, then the next for those who want more: each from the module's own hidden state."""
         started = time.perf_counter()
-        rows = self._feed([draft.generation for draft in drafts], keep=0)
-        calls = 1
+        rows, calls = self._feed(drafting, keep=0), 1
         while True:
             logits = self._model.logits(torch.stack(rows))
-            for draft, line in zip(drafts, logits, strict=True):
-                draft.tokens.append(draft.generation.draw(line, draft.tokens))
-            pairs = [(d, r) for d, r in zip(drafts, rows, strict=True) if len(d.tokens) < len(d.saves) - 1]
+            for generation, line in zip(drafting, logits, strict=True):
+                self._guess(generation, line)
+            pairs = [(g, r) for g, r in zip(drafting, rows, strict=True) if len(g.drafts) + 1 < len(g.saves)]
             if not pairs:
                 break
-            drafts, rows = [draft for draft, _ in pairs], [row for _, row in pairs]
-            spans = [_next_span(draft) for draft in drafts]
-            rows = list(self._model.draft(spans, torch.stack(rows)))
+            drafting, rows = [generation for generation, _ in pairs], [row for _, row in pairs]
+            rows = list(self._model.draft([_next_span(generation) for generation in drafting], torch.stack(rows)))
             calls += 1
         self._costs.observe_draft((time.perf_counter() - started) / calls)
 
+    def _guess(self, generation: Generation, logits: Tensor) -> None:
+        """Draws one draft; the last, whatever was wanted, where nothing can follow it."""
+        try:
+            generation.drafts.append(generation.draw(logits, generation.drafts))
+        except ValueError:  # nothing to draw from, which the module's logits do not make the request's error
+            self._cut(generation)
+        else:
+            if generation.drafts[-1] in generation.stop_ids:
+                self._cut(generation)
+
+    def _cut(self, generation: Generation) -> None:
+        kept = len(generation.drafts) + 1 if generation.drafts else 0
+        for slot in generation.saves[kept:]:
+            self._cache.slots.release(slot)
+        del generation.saves[kept:]
+
+    def settle(self, generation: Generation, computed: int) -> None:
+        """Of a step's tokens so many are right: takes the state after them, and gives the other slots back."""
+        saves = generation.saves
+        if saves and computed < len(saves):
+            generation.slot, saves[computed - 1] = saves[computed - 1], generation.slot
+        for slot in saves:
+            self._cache.slots.release(slot)
+        generation.saves, generation.drafts = [], []
+
     def catch_up(self, generations: Sequence[Generation]) -> None:
         """The draft module reads what was computed without it, but for the last token, whose successor is open."""
-        behind = [generation for generation in generations if sum(map(len, generation.undrafted)) > 1]
+        behind = [generation for generation in generations if generation.undrafted_rows > 1]
         if behind:
             self._feed(behind, keep=1)
 
@@ -115,16 +113,6 @@ class Speculator:
         return [part[-1] for part in hidden.split([len(row) for row in rows])]
 
 
-def _next_span(draft: Drafts) -> Span:
-    generation = draft.generation
-    past = generation.computed + len(draft.tokens) - 1
-    return Span(tokens=draft.tokens[-1:], slot=generation.slot, past=past, pages=generation.pages)
-
-
-def settle(cache: PrefixCache, draft: Drafts, computed: int) -> None:
-    """Takes the state after `computed` of the tokens that were checked, and gives the other slots back."""
-    generation, saves = draft.generation, draft.saves
-    if computed < len(draft.tokens) + 1:
-        generation.slot, saves[computed - 1] = saves[computed - 1], generation.slot
-    for slot in saves:
-        cache.slots.release(slot)
+def _next_span(generation: Generation) -> Span:
+    past = generation.computed + len(generation.drafts) - 1
+    return Span(tokens=generation.drafts[-1:], slot=generation.slot, past=past, pages=generation.pages)
