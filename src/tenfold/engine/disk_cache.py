@@ -71,9 +71,7 @@ class DiskCache:
 
     def note(self, snapshot: Snapshot, isolation: str, tokens: Sequence[int]) -> None:
         """Will be written when there is time; forgotten if it is evicted before."""
-        chain = list(self._chain(isolation, tokens[: snapshot.length]))
-        if not self._store.has(_state_name(chain[-1], snapshot.tail)):
-            self._copies.append(self._copy(snapshot, chain))
+        self._copies.append(self._copy(snapshot, list(self._chain(isolation, tokens[: snapshot.length]))))
 
     @property
     def has_work(self) -> bool:
@@ -95,7 +93,7 @@ class DiskCache:
                 limit -= copied
 
     def _copy(self, snapshot: Snapshot, chain: list[str]) -> Iterator[int]:
-        """Hands one record after the other to be written, pages first; yields their bytes."""
+        """Hands one record after the other to be written, pages first, where it is missing; yields their bytes."""
         if not self._cache.holds(snapshot):
             return
         for name, node in zip(chain[1:], self._cache.path(snapshot), strict=True):
@@ -104,10 +102,12 @@ class DiskCache:
                 yield self._model.page_bytes
                 if not self._cache.holds(snapshot):
                     return
+        name = _state_name(chain[-1], snapshot.tail)
+        if self._store.has(name):
+            return
         parts = [_bytes(self._model.read_state(snapshot.slot)), _bytes(snapshot.hidden)]
         if snapshot.page is not None:
             parts.append(_bytes(self._model.read_page(snapshot.page)))
-        name = _state_name(chain[-1], snapshot.tail)
         self._store.write(name, parts)
         self._states.setdefault(chain[-1], set()).add((len(snapshot.tail), name))
         yield sum(map(len, parts))

@@ -40,7 +40,7 @@ class DiskStore:
         self._waiting: queue.SimpleQueue[tuple[str, Sequence[Buffer]] | None] = queue.SimpleQueue()
         self._in_flight: dict[str, int] = {}
         self.refresh()
-        self._make_room(0)
+        self._measure()
         self._writer = threading.Thread(target=self._write_all, name="prefix cache", daemon=True)
         self._writer.start()
 
@@ -135,15 +135,22 @@ class DiskStore:
 
     def _make_room(self, size: int) -> None:
         """Removes the oldest files; what others have written counts as well."""
-        if self.used_bytes and self.used_bytes + size <= self._limit:
+        if self.used_bytes + size <= self._limit:
             return
-        files = sorted(self._files())
-        self.used_bytes = sum(count for _, count, _ in files)
+        files = self._measure()
+        if self.used_bytes + size <= self._limit:
+            return
         for _, count, path in files:
             if self.used_bytes + size <= self._limit * 0.95:  # some more, so that the folder is not read for each file
                 return
             self._remove(path)
             self.used_bytes -= count
+
+    def _measure(self) -> list[tuple[float, int, Path]]:
+        """All files, oldest first, which make up `used_bytes`."""
+        files = sorted(self._files())
+        self.used_bytes = sum(count for _, count, _ in files)
+        return files
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
         """When each file was last of use, its size, and where it is."""
