@@ -147,7 +147,7 @@ class FakeModel:
         return out
 
     def _check_drafts(self, span: Span, computed: int) -> int:
-        """The last link of the draft module; those of drafts, which have no token in the trunk's pages, are believed."""
+        """The last link of the draft module; those of drafts, whose tokens are in no page, are believed."""
         link = START
         for position in range(span.past):
             stored = int(self._entry(span, position)[DRAFT])

@@ -52,7 +52,9 @@ def tokens_of(updates: Sequence[Update]) -> list[int]:
     return [token for update in updates for token in update.tokens]
 
 
-def request(prompt: Sequence[int], max_tokens: int = 8, seed: int = 0, temperature: float = 0.0, **more: object) -> Request:
+def request(
+    prompt: Sequence[int], max_tokens: int = 8, seed: int = 0, temperature: float = 0.0, **more: object
+) -> Request:
     return Request(
         prompt_ids=list(prompt),
         params=SamplingParams(max_tokens=max_tokens, seed=seed, temperature=temperature),

@@ -81,7 +81,9 @@ def test_isolation_holds_on_disk(tmp_path: Path) -> None:
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 1000), at=st.floats(0, 0.999), damage=st.sampled_from(["flip", "cut", "more", "empty", "swap"]))
+@given(
+    seed=st.integers(0, 1000), at=st.floats(0, 0.999), damage=st.sampled_from(["flip", "cut", "more", "empty", "swap"])
+)
 def test_a_damaged_file_is_removed_and_never_believed(
     tmp_path_factory: pytest.TempPathFactory, seed: int, at: float, damage: str
 ) -> None:

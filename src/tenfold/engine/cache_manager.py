@@ -128,7 +128,7 @@ class PrefixCache:
 
     def _common(self, node: Node, tokens: Sequence[int]) -> int:
         start = node.depth * self.page_tokens
-        following = tokens[start : start + self._key_tokens]
+        following = tuple(tokens[start : start + self._key_tokens])
         return start + max((common_prefix(key, following) for key in (*node.children, *node.snapshots)), default=0)
 
     # ---- starting a sequence
@@ -380,7 +380,7 @@ def _descendants(node: Node) -> Iterator[Node]:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common."""
+    """How many tokens two sequences of one type begin with in common."""
     low, high = 0, min(len(a), len(b))
     while low < high:  # comparing slices is much quicker than comparing one by one
         middle = (low + high + 1) // 2
@@ -413,7 +413,7 @@ def _stretches(start: int, stops: Sequence[int], stretch: int) -> set[int]:
     points: set[int] = set()
     last = start
     for stop in stops:
-        while stop - last > 2 * stretch:
+        while stop - last >= 2 * stretch:
             last += stretch
             points.add(last)
         if stop - last >= stretch:

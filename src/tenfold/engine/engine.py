@@ -18,12 +18,12 @@ from tenfold.engine.generation import Generation
 from tenfold.engine.llm import check_prompt, eos_ids
 from tenfold.engine.logprobs import logprobs
 from tenfold.engine.model_runner import EngineModel, Span
-from tenfold.engine.request import FinishReason, Request, TokenLogprob, Update
+from tenfold.engine.request import FinishReason, Request, Update
 from tenfold.engine.sampler import Sampler
 from tenfold.engine.scheduler import Scheduler, Work
 from tenfold.engine.speculative import Speculator
 from tenfold.engine.step_cost import Acceptance, DraftLength, StepCost
-from tenfold.engine.stopping import Stopping
+from tenfold.engine.stopping import Stopping, Verdict
 
 MOST_UNDRAFTED = 256  # hidden states that wait for the draft module while a request does without it
 
@@ -114,29 +114,35 @@ class Engine:
         request.params.check_vocabulary(self.model.config.vocab_size)
 
     def add(self, request: Request) -> None:
-        """Raises ValueError as `check`, and QueueFull."""
-        self.check(request)
-        assert request.id not in self._generations, "a request has one id"
-        if len(self._scheduler.waiting) >= self.settings.max_waiting:
-            raise QueueFull(self.retry_after)
-        generation = self._generation(request)
-        self._arrivals += 1
-        self._generations[request.id] = generation
-        self._scheduler.add(generation)
+        """Raises ValueError for what could never be answered, and QueueFull."""
+        self.start(self.prepare(request))
 
-    def _generation(self, request: Request) -> Generation:
+    def prepare(self, request: Request) -> Generation:
+        """The slow part of adding one, for any thread. Raises ValueError."""
+        self.check(request)
         params, eos = request.params, eos_ids(self.model.config)
         stops = frozenset(params.stop_ids if params.ignore_eos else (*params.stop_ids, *eos))
         return Generation(
             request=request,
-            arrival=self._arrivals,
             sampler=Sampler(params, request.prompt_ids, eos),
             stopping=Stopping(stops),
             stop_ids=stops,
+            constraint=None,
             draft_length=DraftLength(self._costs, self._acceptance),
             last_token=min(self.context, len(request.prompt_ids) + params.max_tokens),
             drafts_follow=self._drafts,
         )
+
+    def start(self, generation: Generation) -> None:
+        """Queues what was prepared. Raises QueueFull."""
+        request_id = generation.request.id
+        assert request_id not in self._generations, "a request has one id"
+        if len(self._scheduler.waiting) >= self.settings.max_waiting:
+            raise QueueFull(self.retry_after)
+        self._arrivals += 1
+        generation.arrival = self._arrivals
+        self._generations[request_id] = generation
+        self._scheduler.add(generation)
 
     @property
     def retry_after(self) -> float:
@@ -226,37 +232,38 @@ class Engine:
 
     def _draw(self, generation: Generation, logits: Tensor) -> int:
         """Tokens from logits `[1 + drafts, vocab]`, as long as the drafts are what is drawn: how many were."""
-        tokens: list[int] = []
-        report: list[list[TokenLogprob]] = []
-        drafts, right, stopped_by = generation.drafts, 0, None
-        while generation.room > 0 and right < len(logits):
+        drafts, right, tokens, text = generation.drafts, 0, [], ""
+        verdict = Verdict(finish=None if generation.room else "length")
+        while verdict.finish is None:
             token = generation.draw(logits[right])
-            report += self._report(generation, logits[right], token)
+            self._note_logprobs(generation, logits[right], token)
             verdict = generation.push(token)
             tokens += verdict.tokens
-            stopped_by = verdict.stopped_by
-            if stopped_by is not None or right == len(drafts) or token != drafts[right]:
+            text += verdict.text
+            if verdict.finish == "stop" or right == len(drafts) or token != drafts[right]:
                 break
             right += 1
         generation.note_drafts(len(drafts), right)
-        finish: FinishReason | None = "stop" if stopped_by is not None else None if generation.room else "length"
-        generation.finish = finish
+        generation.finish = verdict.finish
         self._updates.append(
             Update(
                 request_id=generation.request.id,
                 tokens=tokens,
-                logprobs=report[: len(tokens)],
+                text=text,
+                logprobs=generation.take_logprobs(len(tokens)),
                 prompt_logprobs=generation.take_prompt_logprobs(),
                 usage=generation.usage,
-                finish=finish,
-                stopped_by=stopped_by,
+                finish=verdict.finish,
+                stopped_by=verdict.stopped_by,
             )
         )
         return right
 
-    def _report(self, generation: Generation, logits: Tensor, token: int) -> list[list[TokenLogprob]]:
+    @staticmethod
+    def _note_logprobs(generation: Generation, logits: Tensor, token: int) -> None:
         count = generation.request.params.logprobs
-        return [] if count is None else [logprobs(logits, token, count)]
+        if count is not None:
+            generation.logprobs.append(logprobs(logits, token, count))
 
     def _note_prompt_logprobs(self, generation: Generation, hidden: Tensor) -> None:
         """Of the prompt's tokens that follow those just computed; the first token has none."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tenfold.engine.cache_manager import Claim
@@ -15,22 +18,43 @@ from tenfold.engine.step_cost import DraftLength
 from tenfold.engine.stopping import Stopping, Verdict
 
 
+class Constraint(Protocol):
+    """Where an answer stands in the structure that it must have."""
+
+    @property
+    def is_done(self) -> bool:
+        """Nothing but a stop token can follow."""
+        ...
+
+    def mask(self) -> NDArray[np.bool_]:
+        """Which tokens may come next. Raises ValueError where the structure turns out to be too complex."""
+        ...
+
+    def advance(self, token: int) -> None:
+        """Raises ValueError where it may not come next."""
+        ...
+
+    def rollback(self, count: int) -> None: ...
+
+
 @dataclass(eq=False, kw_only=True)
 class Generation:
     """Its state in the model is that after `computed` of its tokens; prefill, decoding and resuming are all one:
     tokens that are known and not computed are run, and behind the last of them the next one is drawn."""
 
     request: Request
-    arrival: int
     sampler: Sampler
     stopping: Stopping
     stop_ids: frozenset[int]
+    constraint: Constraint | None  # the form that the answer must have
     draft_length: DraftLength
     last_token: int  # the most tokens that prompt and answer may have
     drafts_follow: bool  # whether the draft module has to see its tokens
     tokens: list[int] = field(init=False)
     answer: list[int] = field(default_factory=list)
+    arrival: int = 0
     cached: int | None = None  # of the prompt, known once it has started
+    logprobs: list[list[TokenLogprob]] = field(default_factory=list)  # of tokens that are not told yet
     prompt_logprobs: list[list[TokenLogprob]] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
@@ -42,6 +66,7 @@ class Generation:
     hidden: Tensor | None = None  # `[D]`, of the last computed token
     undrafted: list[Tensor] = field(default_factory=list)  # `[T, D]`, of the last ones, that the draft module lacks
     drafts: list[int] = field(default_factory=list)  # guesses that this step checks
+    guessed: int = 0  # of them, that the constraint was told
     saves: list[int] = field(default_factory=list)  # slots for the states after the next token and after each of them
     points: list[int] = field(default_factory=list)  # where a snapshot is to be made, ascending
 
@@ -129,20 +154,55 @@ class Generation:
     def draw(self, logits: Tensor, ahead: Sequence[int] = ()) -> int:
         """The token behind the answer and `ahead`, given logits `[vocab]`. Raises ValueError where there is none."""
         answer = [*self.answer, *ahead] if ahead else self.answer
-        return self.sampler.sample(logits, len(answer), answer)
+        mask = self.constraint.mask() if self.constraint else None
+        return self.sampler.sample(logits, len(answer), answer, mask)
+
+    def guess(self, logits: Tensor) -> bool:
+        """Draws one more draft; False where nothing can follow it."""
+        try:
+            token = self.draw(logits, self.drafts)
+            if self.constraint and token not in self.stop_ids:
+                self.constraint.advance(token)
+                self.guessed += 1
+        except ValueError:  # the draft module's logits do not make it the request's error
+            return False
+        self.drafts.append(token)
+        return token not in self.stop_ids
+
+    def take_back_guesses(self) -> None:
+        """The constraint stands at the end of the answer again."""
+        if self.constraint and self.guessed:
+            self.constraint.rollback(self.guessed)
+        self.guessed = 0
 
     def push(self, token: int) -> Verdict:
-        """Continues the answer, but with a stop token: what it lets out, and whether it ends."""
+        """The answer goes on with a token, or ends with it."""
         verdict = self.stopping.push(token)
-        if verdict.stopped_by is None or isinstance(verdict.stopped_by, str):
-            self.tokens.append(token)
-            self.answer.append(token)
-        return verdict
+        if token in self.stop_ids:
+            return verdict
+        self.tokens.append(token)
+        self.answer.append(token)
+        if self.constraint:
+            self.constraint.advance(token)
+        done = self.constraint is not None and self.constraint.is_done
+        if verdict.finish or (self.room and not done):
+            return verdict
+        rest = self.stopping.finish()
+        return Verdict(
+            tokens=[*verdict.tokens, *rest.tokens],
+            text=verdict.text + rest.text,
+            finish=rest.finish or ("stop" if done else "length"),
+            stopped_by=rest.stopped_by,
+        )
 
     def note_drafts(self, drafted: int, accepted: int) -> None:
         self.drafted += drafted
         self.accepted += accepted
         self.draft_length.observe(drafted, accepted)
+
+    def take_logprobs(self, count: int) -> list[list[TokenLogprob]]:
+        taken, self.logprobs = self.logprobs[:count], self.logprobs[count:]
+        return taken
 
     def take_prompt_logprobs(self) -> list[list[TokenLogprob]] | None:
         """Once, when the prompt is through."""

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from tenfold.engine.engine import Engine, QueueFull, Stats
+from tenfold.engine.generation import Generation
 from tenfold.engine.request import Request, Update
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class EngineLoop:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._inbox: queue.SimpleQueue[Request | int | None] = queue.SimpleQueue()  # to add, to cancel; None wakes
+        self._inbox: queue.SimpleQueue[Generation | int | None] = queue.SimpleQueue()  # to add, to cancel; None wakes
         self._streams: dict[int, UpdateStream] = {}
         self._closed = threading.Event()  # takes no more requests
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -58,12 +59,12 @@ class EngineLoop:
 
     async def submit(self, request: Request) -> AsyncGenerator[Update, None]:
         """Its updates. Raises QueueFull, and ValueError for what could never be answered."""
-        self._engine.check(request)
         if self._closed.is_set() or self._inbox.qsize() + self._waiting >= self._engine.settings.max_waiting:
             raise QueueFull(self._engine.retry_after)
+        generation = await asyncio.to_thread(self._engine.prepare, request)
         stream = UpdateStream(self, request.id)
         self._streams[request.id] = stream
-        self._inbox.put(request)
+        self._inbox.put(generation)
         return stream
 
     @property
@@ -106,14 +107,14 @@ class EngineLoop:
                 self._take(item)
             wait = False
 
-    def _take(self, item: Request | int) -> None:
+    def _take(self, item: Generation | int) -> None:
         if isinstance(item, int):
             self._engine.cancel(item)
             return
         try:
-            self._engine.add(item)
-        except (QueueFull, ValueError) as error:
-            self._deliver([Update(request_id=item.id, finish="error", error=str(error))])
+            self._engine.start(item)
+        except QueueFull as error:  # several have come at once
+            self._deliver([Update(request_id=item.request.id, finish="error", error=str(error))])
 
     def _deliver(self, updates: list[Update]) -> None:
         for update in updates:

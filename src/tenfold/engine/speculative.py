@@ -41,6 +41,8 @@ class Speculator:
                 drafting += [generation] if generation.saves else []
         if drafting:
             self._chain(drafting)
+        for generation in drafting:
+            generation.take_back_guesses()
 
     def _make_room(self, generation: Generation, drafts: int) -> None:
         """Pages, and slots for the state after the next token and after each draft, for as many as there is room."""
@@ -58,7 +60,8 @@ class Speculator:
         while True:
             logits = self._model.logits(torch.stack(rows))
             for generation, line in zip(drafting, logits, strict=True):
-                self._guess(generation, line)
+                if not generation.guess(line):
+                    self._cut(generation)
             pairs = [(g, r) for g, r in zip(drafting, rows, strict=True) if len(g.drafts) + 1 < len(g.saves)]
             if not pairs:
                 break
@@ -67,17 +70,8 @@ class Speculator:
             calls += 1
         self._costs.observe_draft((time.perf_counter() - started) / calls)
 
-    def _guess(self, generation: Generation, logits: Tensor) -> None:
-        """Draws one draft; the last, whatever was wanted, where nothing can follow it."""
-        try:
-            generation.drafts.append(generation.draw(logits, generation.drafts))
-        except ValueError:  # nothing to draw from, which the module's logits do not make the request's error
-            self._cut(generation)
-        else:
-            if generation.drafts[-1] in generation.stop_ids:
-                self._cut(generation)
-
     def _cut(self, generation: Generation) -> None:
+        """It has no more drafts than these, whatever was wanted."""
         kept = len(generation.drafts) + 1 if generation.drafts else 0
         for slot in generation.saves[kept:]:
             self._cache.slots.release(slot)

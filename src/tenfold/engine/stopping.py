@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a token does to the answer."""
+    """What has become final."""
 
-    tokens: Sequence[int] = ()  # that are certain to be part of the answer, and have not been let out before
-    stopped_by: str | int | None = None
+    tokens: Sequence[int] = ()
+    text: str = ""
+    finish: Literal["stop", "length"] | None = None
+    stopped_by: str | int | None = None  # the stop string or the stop token
 
 
 class Stopping:
     """Watches the tokens of one answer for its end."""
 
-    def __init__(self, stop_ids: frozenset[int]) -> None:
+    def __init__(self, stop_ids: Collection[int]) -> None:
         self._stop_ids = stop_ids
 
     def push(self, token: int) -> Verdict:
         if token in self._stop_ids:
-            return Verdict(stopped_by=token)
+            return Verdict(finish="stop", stopped_by=token)
         return Verdict(tokens=(token,))
+
+    def finish(self) -> Verdict:
+        return Verdict()
