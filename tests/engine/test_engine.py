@@ -17,6 +17,7 @@ from tenfold.engine.request import Request, Update
 from tenfold.engine.sampler import SamplingParams
 from tenfold.engine.scheduler import share
 from tenfold.engine.step_cost import StepCost
+from tenfold.tokenizer import Tokenizer
 from tests.engine.fake_model import FakeModel, link_logits
 from tests.engine.reference import answer, chain, request, run, tokens_of
 
@@ -36,7 +37,7 @@ def start(
     knobs = EngineSettings(
         max_batch=max_batch, step_tokens=step_tokens, max_drafts=max_drafts, max_waiting=max_waiting, step_seconds=100
     )
-    return Engine(model or fake(), knobs, Budget(pages=pages, slots=slots))
+    return Engine(model or fake(), knobs, budget=Budget(pages=pages, slots=slots))
 
 
 def fake(can_draft: bool = True, quality: float = 0.7, context: int = CONTEXT) -> FakeModel:
@@ -269,6 +270,22 @@ def test_structure_and_its_errors_are_one_requests_own(max_drafts: int) -> None:
     assert len(tokens_of(bad)) <= 2 and (bad[-1].finish, bad[-1].error) == ("error", "ValueError: too complex")
     assert tokens_of(free) == answer(requests[2], VOCAB, CONTEXT, None)[0]
     engine.check_integrity()
+
+
+@pytest.mark.parametrize("quality", [0.0, 1.0])
+def test_a_stop_string_ends_an_answer_within_the_drafts(quality: float) -> None:
+    tokenizer = Tokenizer.embedded()  # its first tokens are single characters
+    engine = Engine(fake(quality=quality), EngineSettings(), tokenizer, Budget(pages=200, slots=40))
+    said, _ = answer(request(SYSTEM, max_tokens=30), VOCAB, CONTEXT, None)
+    text = tokenizer.decode(said)
+    stop = text[14:17]
+    params = SamplingParams(max_tokens=30, temperature=0, stop=("?!?", stop), logprobs=0)
+    one = Request(prompt_ids=SYSTEM, params=params)
+    updates = run(engine, [one])[one.id]
+    assert "".join(update.text for update in updates) == text[: text.index(stop)]
+    assert tokens_of(updates) == said[: text.index(stop)]
+    assert (updates[-1].finish, updates[-1].stopped_by) == ("stop", stop)
+    assert [[line[0].token for line in update.logprobs] for update in updates] == [list(u.tokens) for u in updates]
 
 
 def test_the_context_ends_an_answer() -> None:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -29,7 +30,7 @@ from tests.engine.reference import answer, tokens_of
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
 VOCAB, CONTEXT, EOS = 12, 48, 0
-ENGINES = st.fixed_dictionaries(
+ENGINES: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "can_draft": st.booleans(),
         "quality": st.sampled_from([0.0, 0.6, 1.0]),
@@ -92,7 +93,7 @@ class World:
             max_batch=max_batch, max_waiting=6, step_tokens=step_tokens, max_drafts=max_drafts, disk=self.folder
         )
         pages = -(-CONTEXT // self.page_tokens) + more_pages
-        self.engine = Engine(self.model, knobs, Budget(pages=pages, slots=slots))
+        self.engine = Engine(self.model, knobs, budget=Budget(pages=pages, slots=slots))
         self.engine._costs.seconds = lambda tokens: 1 + 0.1 * tokens  # so that the clock decides nothing
         self.engine._costs.observe_draft = lambda seconds: None
         self.model.watch(self.engine)

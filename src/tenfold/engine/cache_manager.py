@@ -202,7 +202,8 @@ class PrefixCache:
             victims = [s for s in self._snapshots if s is not spared and self._frees_page(s)]
             if not victims:
                 return None
-            self._evict_by_score(victims)
+            leaves = [snapshot for snapshot in victims if not snapshot.node.children]
+            self._evict_by_score(leaves or victims)  # a leaf has pages of its own, others only that of their tail
         return [self.pages.take() for _ in range(count)]
 
     def extend(self, pages: list[int], tokens: int) -> bool:

@@ -191,7 +191,7 @@ def _hash(*parts: str | bytes) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().numpy()).cast("B")
+    return tensor.contiguous().view(torch.uint8).numpy().data
 
 
 def _tensor(content: memoryview, dtype: torch.dtype) -> Tensor:

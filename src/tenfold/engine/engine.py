@@ -24,6 +24,7 @@ from tenfold.engine.scheduler import Scheduler, Work
 from tenfold.engine.speculative import Speculator
 from tenfold.engine.step_cost import Acceptance, DraftLength, StepCost
 from tenfold.engine.stopping import Stopping, Verdict
+from tenfold.tokenizer import Tokenizer
 
 MOST_UNDRAFTED = 256  # hidden states that wait for the draft module while a request does without it
 
@@ -83,9 +84,19 @@ class QueueFull(Exception):
 class Engine:
     """Synchronous, for one thread: `add` requests and call `step` while it `has_work`."""
 
-    def __init__(self, model: EngineModel, settings: EngineSettings, budget: Budget | None = None) -> None:
-        """Raises ValueError where the memory is too small for any request, and MemoryError."""
+    def __init__(
+        self,
+        model: EngineModel,
+        settings: EngineSettings,
+        tokenizer: Tokenizer | None = None,
+        budget: Budget | None = None,
+    ) -> None:
+        """tokenizer: without one there is no text, and so no stop string. budget: instead of what the settings make.
+
+        Raises ValueError where the memory is too small for any request, and MemoryError.
+        """
         self.model, self.settings = model, settings
+        self._tokenizer = tokenizer
         self.budget = budget or divide(model, settings.memory_bytes, settings.max_batch, settings.max_drafts)
         self.context = self.budget.context(model)
         model.allocate(self.budget.pages, self.budget.slots)
@@ -120,18 +131,23 @@ class Engine:
     def prepare(self, request: Request) -> Generation:
         """The slow part of adding one, for any thread. Raises ValueError."""
         self.check(request)
-        params, eos = request.params, eos_ids(self.model.config)
-        stops = frozenset(params.stop_ids if params.ignore_eos else (*params.stop_ids, *eos))
+        params, eos = request.params, () if request.params.ignore_eos else self._eos_ids
+        stops = frozenset((*params.stop_ids, *eos))
+        decoder = self._tokenizer and self._tokenizer.stream(skip_special_tokens=True)
         return Generation(
             request=request,
             sampler=Sampler(params, request.prompt_ids, eos),
-            stopping=Stopping(stops),
+            stopping=Stopping(stops, strings=params.stop, decoder=decoder, min_tokens=params.min_tokens),
             stop_ids=stops,
             constraint=None,
             draft_length=DraftLength(self._costs, self._acceptance),
             last_token=min(self.context, len(request.prompt_ids) + params.max_tokens),
             drafts_follow=self._drafts,
         )
+
+    @property
+    def _eos_ids(self) -> tuple[int, ...]:
+        return (*eos_ids(self.model.config), *(self._tokenizer.stop_ids if self._tokenizer else ()))
 
     def start(self, generation: Generation) -> None:
         """Queues what was prepared. Raises QueueFull."""
@@ -166,7 +182,7 @@ class Engine:
         try:
             self._run()
         except Exception as error:  # a model's, whatever it is: those in the step are lost, the others are not
-            for generation in list(self._scheduler.running):
+            for generation in list(self._scheduler.running or self._scheduler.waiting[:1]):
                 self._fail(generation, error)
         if self._disk:
             self._disk.write_some(idle=not self._generations)

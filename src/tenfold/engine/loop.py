@@ -59,6 +59,7 @@ class EngineLoop:
 
     async def submit(self, request: Request) -> AsyncGenerator[Update, None]:
         """Its updates. Raises QueueFull, and ValueError for what could never be answered."""
+        self._engine.check(request)
         if self._closed.is_set() or self._inbox.qsize() + self._waiting >= self._engine.settings.max_waiting:
             raise QueueFull(self._engine.retry_after)
         generation = await asyncio.to_thread(self._engine.prepare, request)

@@ -195,10 +195,10 @@ def likeliest(logs: Floats, count: int) -> Ids:
     """The `count` tokens with the largest values, largest first, equal ones by number; without those at -inf."""
     blocks = logs.size // BLOCKS_OF
     least = LOWEST
-    if count <= blocks // 2:  # as many values as peaks reach the count-th peak, so those asked for do
+    if 0 < count <= blocks // 2:  # as many values as peaks reach the count-th peak, so those asked for do
         peaks = logs[: blocks * BLOCKS_OF].reshape(BLOCKS_OF, blocks).max(0)
         least = np.partition(peaks, blocks - count)[blocks - count]
-    elif count < logs.size:
+    elif 0 < count < logs.size:
         least = np.partition(logs, logs.size - count)[logs.size - count]
     ids = np.flatnonzero(logs >= np.float32(max(least, LOWEST)))
     return _ranked(logs, ids)[:count]
