@@ -71,7 +71,7 @@ class FakeModel:
         self.page_bytes, self.state_bytes = 24 * page_tokens, state_bytes
         self.fingerprint = fingerprint
         self.steps: list[list[Span]] = []
-        self.fails_in = 0  # steps, if above 0
+        self.fails_in = 0  # calls, if above 0
 
     def allocate(self, pages: int, slots: int) -> None:
         self._pages = np.full((pages, self.page_tokens, 3), POISON, np.uint64)
@@ -81,13 +81,16 @@ class FakeModel:
 
     def forward(self, spans: Sequence[Span]) -> Tensor:
         self.steps.append(list(spans))
-        self.fails_in -= 1
-        if self.fails_in == 0:
-            raise RuntimeError("the model broke")
+        self._may_fail()
         slots = [slot for span in spans for slot in {span.slot, *span.saves}]
         if len(slots) != len(set(slots)):
             raise Corrupt("two spans share a slot")
         return to_hidden([link for span in spans for link in self._run(span)])
+
+    def _may_fail(self) -> None:
+        self.fails_in -= 1
+        if self.fails_in == 0:
+            raise RuntimeError("the model broke")
 
     def _run(self, span: Span) -> list[int]:
         link = self._check(span, span.past)
@@ -118,11 +121,13 @@ class FakeModel:
         return self._pages[span.pages[position // self.page_tokens], position % self.page_tokens]
 
     def logits(self, hidden: Tensor) -> Tensor:
+        self._may_fail()
         return torch.stack([link_logits(link, self.config.vocab_size) for link in to_links(hidden)])
 
     # ---- drafting
 
     def draft(self, spans: Sequence[Span], hidden: Tensor) -> Tensor:
+        self._may_fail()
         rows, out = to_links(hidden), []
         if len(rows) != sum(len(span.tokens) for span in spans):
             raise Corrupt("a hidden state for each token")

@@ -135,12 +135,12 @@ class World:
         request, updates = self.requests.pop(request_id), self.updates.pop(request_id)
         tokens, finish, usage = tokens_of(updates), updates[-1].finish, updates[-1].usage
         expected, reason = answer(request, VOCAB, CONTEXT, EOS)
-        if finish == "cancelled":
+        if finish == "cancelled" or updates[-1].error == "RuntimeError: the model broke":
             assert tokens == expected[: len(tokens)]
         else:
             assert (tokens, finish) == (expected, reason)
             self.check_cached(request, usage)
-        assert usage.completion_tokens == len(tokens)
+        assert finish == "error" or usage.completion_tokens == len(tokens)
         assert usage.accepted_tokens <= usage.drafted_tokens
         self.texts.append([*request.prompt_ids, *tokens])
 
@@ -235,6 +235,8 @@ def test_long_runs(seed: int, tmp_path: Path) -> None:
                 add_at_random(world, random)
             if world.requests and random.random() < 0.05:
                 world.engine.cancel(random.choice(sorted(world.requests)))
+            if seed % 5 == 0 and random.random() < 0.05:
+                world.model.fails_in = random.randint(1, 5)
             world.step()
         world.close() if random.random() < 0.5 else world.finish()
 

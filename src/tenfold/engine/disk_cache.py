@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tenfold.engine.cache_manager import Match, PrefixCache, Snapshot
+from tenfold.engine.cache_manager import PrefixCache, Snapshot
 from tenfold.engine.disk_store import DiskStore
 from tenfold.engine.model_runner import EngineModel
 
@@ -120,23 +120,22 @@ class DiskCache:
 
     # ---- reading
 
-    def recall(self, isolation: str, tokens: Sequence[int], match: Match) -> bool:
-        """Brings the longest prefix that is longer than the match into memory, if there is one and room for it."""
+    def recall(self, isolation: str, tokens: Sequence[int], beyond: int) -> None:
+        """Brings the longest prefix, of more than `beyond` tokens, into memory, if there is one and room for it."""
         if self._store.refresh():
             self._states = self._list_states()
         size, chain = self._cache.page_tokens, list(self._chain(isolation, tokens))
-        for full in reversed(range(match.length // size, len(chain))):
+        for full in reversed(range(beyond // size, len(chain))):
             for count, name in sorted(self._states.get(chain[full], ()), reverse=True):
                 length = full * size + count
                 tail = tuple(tokens[full * size : length])
-                if length < match.length + size or name != _state_name(chain[full], tail):
+                if length < beyond + size or name != _state_name(chain[full], tail):
                     continue
                 if self._bring(isolation, tokens[:length], chain[1 : full + 1], name):
-                    return True
-        return False
+                    return
 
     def _bring(self, isolation: str, tokens: Sequence[int], names: list[str], state: str) -> bool:
-        """Makes a snapshot in memory of one on disk; False, and nothing changed, where that does not work out."""
+        """Makes a snapshot in memory of one on disk; False where that does not work out."""
         cache = self._cache
         pages = [node.page for node in cache.match(isolation, tokens).path[: len(names)]]
         for page in pages:

@@ -102,7 +102,7 @@ class Engine:
         model.allocate(self.budget.pages, self.budget.slots)
         self._drafts = model.can_draft and settings.max_drafts > 0
         self._cache = PrefixCache(model, self.budget.pages, self.budget.slots, self._drafts)
-        self._disk = settings.disk and DiskCache(model, self._cache, settings.disk, settings.disk_bytes)
+        self._disk = DiskCache(model, self._cache, settings.disk, settings.disk_bytes) if settings.disk else None
         self._costs, self._acceptance = StepCost(), Acceptance()
         self._speculator = Speculator(model, self._cache, self._costs, settings.max_drafts)
         self._scheduler = Scheduler(self._cache, settings.max_batch, self._find, self._park)
@@ -150,9 +150,10 @@ class Engine:
         return (*eos_ids(self.model.config), *(self._tokenizer.stop_ids if self._tokenizer else ()))
 
     def start(self, generation: Generation) -> None:
-        """Queues what was prepared. Raises QueueFull."""
+        """Queues what was prepared. Raises QueueFull, and ValueError for an id in use."""
         request_id = generation.request.id
-        assert request_id not in self._generations, "a request has one id"
+        if request_id in self._generations:
+            raise ValueError(f"request {request_id} is under way: another needs another id")
         if len(self._scheduler.waiting) >= self.settings.max_waiting:
             raise QueueFull(self.retry_after)
         self._arrivals += 1
@@ -177,6 +178,7 @@ class Engine:
 
     # ---- a step
 
+    @torch.no_grad()
     def step(self) -> list[Update]:
         """Runs all that fits in a step; what became of the requests. Never raises for what one of them causes."""
         try:
@@ -199,7 +201,8 @@ class Engine:
         hidden = self._forward(work)
         drawing = [index for index, part in enumerate(work) if part.count == part.generation.remaining]
         logits = self._logits([self._rows(work[index].generation, hidden[index]) for index in drawing])
-        self._costs.observe(max(1, sum(map(len, hidden))), time.perf_counter() - started)
+        if tokens := sum(map(len, hidden)):
+            self._costs.observe(tokens, time.perf_counter() - started)
         for part, rows in zip(work, hidden, strict=True):
             self._note_prompt_logprobs(part.generation, rows)
         tables = dict(zip(drawing, logits, strict=True))
@@ -312,9 +315,10 @@ class Engine:
             return Match(path=[], snapshot=None, common=0)
         isolation, tokens = generation.request.isolation, generation.tokens
         match = self._cache.match(isolation, tokens)
-        if self._disk and self._disk.recall(isolation, tokens, match):
-            return self._cache.match(isolation, tokens)
-        return match
+        if self._disk is None:
+            return match
+        self._disk.recall(isolation, tokens, match.length)
+        return self._cache.match(isolation, tokens)  # even a vain try may have evicted something
 
     def _park(self, generation: Generation) -> None:
         self._stats.preempted += 1
@@ -348,9 +352,13 @@ class Engine:
         running = generation in self._scheduler.running
         self._finish(generation, finish)
         self._remove(generation)
-        if running:
+        if not running:
+            return
+        try:
             self._speculator.catch_up([generation])
             self._remember(generation, final=True)
+        except Exception:  # a model's: then nothing is kept
+            self._drop(generation)
 
     def _fail(self, generation: Generation, error: Exception) -> None:
         """What it has computed may be wrong, and is not kept."""

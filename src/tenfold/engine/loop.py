@@ -60,17 +60,20 @@ class EngineLoop:
     async def submit(self, request: Request) -> AsyncGenerator[Update, None]:
         """Its updates. Raises QueueFull, and ValueError for what could never be answered."""
         self._engine.check(request)
-        if self._closed.is_set() or self._inbox.qsize() + self._waiting >= self._engine.settings.max_waiting:
-            raise QueueFull(self._engine.retry_after)
+        self._refuse_if_full(request)
         generation = await asyncio.to_thread(self._engine.prepare, request)
+        self._refuse_if_full(request)  # by now, perhaps
         stream = UpdateStream(self, request.id)
         self._streams[request.id] = stream
         self._inbox.put(generation)
         return stream
 
-    @property
-    def _waiting(self) -> int:
-        return self._engine.stats().waiting
+    def _refuse_if_full(self, request: Request) -> None:
+        if request.id in self._streams:
+            raise ValueError(f"request {request.id} is under way: another needs another id")
+        waiting = self._inbox.qsize() + self._engine.stats().waiting
+        if self._closed.is_set() or waiting >= self._engine.settings.max_waiting:
+            raise QueueFull(self._engine.retry_after)
 
     def cancel(self, request_id: int) -> None:
         """Within a step; what is unknown or has ended is ignored."""
