@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from tenfold.engine.request import Request, Update
 from tenfold.engine.sampler import SamplingParams
 from tenfold.engine.scheduler import share
 from tenfold.engine.step_cost import StepCost
+from tenfold.engine.structure import Constraint
 from tenfold.tokenizer import Tokenizer
 from tests.engine.fake_model import FakeModel, link_logits
 from tests.engine.reference import answer, chain, request, run, tokens_of
@@ -258,7 +260,7 @@ def test_structure_and_its_errors_are_one_requests_own(max_drafts: int) -> None:
     requests = [request([seed] * 10, max_tokens=9) for seed in (1, 2, 3)]
     for one, structure in zip(requests, [Parity(), Parity(patience=2), None], strict=True):
         generation = engine.prepare(one)
-        generation.constraint = structure
+        generation.constraint = cast("Constraint | None", structure)
         engine.start(generation)
     updates = [update for _ in range(30) for update in engine.step()]
     good, bad, free = ([u for u in updates if u.request_id == one.id] for one in requests)

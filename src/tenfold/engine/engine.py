@@ -24,6 +24,7 @@ from tenfold.engine.scheduler import Scheduler, Work
 from tenfold.engine.speculative import Speculator
 from tenfold.engine.step_cost import Acceptance, DraftLength, StepCost
 from tenfold.engine.stopping import Stopping, Verdict
+from tenfold.engine.structure import Constraint, Structure, StructureCompiler
 from tenfold.tokenizer import Tokenizer
 
 MOST_UNDRAFTED = 256  # hidden states that wait for the draft module while a request does without it
@@ -91,12 +92,13 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         budget: Budget | None = None,
     ) -> None:
-        """tokenizer: without one there is no text, and so no stop string. budget: instead of what the settings make.
+        """tokenizer: without one there is no text, no stop string, no structure. budget: instead of the settings' own.
 
         Raises ValueError where the memory is too small for any request, and MemoryError.
         """
         self.model, self.settings = model, settings
         self._tokenizer = tokenizer
+        self._structures = StructureCompiler(tokenizer) if tokenizer else None
         self.budget = budget or divide(model, settings.memory_bytes, settings.max_batch, settings.max_drafts)
         self.context = self.budget.context(model)
         model.allocate(self.budget.pages, self.budget.slots)
@@ -139,11 +141,16 @@ class Engine:
             sampler=Sampler(params, request.prompt_ids, eos),
             stopping=Stopping(stops, strings=params.stop, decoder=decoder, min_tokens=params.min_tokens),
             stop_ids=stops,
-            constraint=None,
+            constraint=self._constraint(params.structure) if params.structure else None,
             draft_length=DraftLength(self._costs, self._acceptance),
             last_token=min(self.context, len(request.prompt_ids) + params.max_tokens),
             drafts_follow=self._drafts,
         )
+
+    def _constraint(self, structure: Structure) -> Constraint:
+        if self._structures is None:
+            raise ValueError("structured output needs a tokenizer, and there is none")
+        return self._structures.compile(structure)
 
     @property
     def _eos_ids(self) -> tuple[int, ...]:

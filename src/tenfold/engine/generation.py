@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from tenfold.engine.cache_manager import Claim
@@ -16,25 +13,7 @@ from tenfold.engine.request import FinishReason, Request, TokenLogprob, Usage
 from tenfold.engine.sampler import Sampler
 from tenfold.engine.step_cost import DraftLength
 from tenfold.engine.stopping import Stopping, Verdict
-
-
-class Constraint(Protocol):
-    """Where an answer stands in the structure that it must have."""
-
-    @property
-    def is_done(self) -> bool:
-        """Nothing but a stop token can follow."""
-        ...
-
-    def mask(self) -> NDArray[np.bool_]:
-        """Which tokens may come next. Raises ValueError where the structure turns out to be too complex."""
-        ...
-
-    def advance(self, token: int) -> None:
-        """Raises ValueError where it may not come next."""
-        ...
-
-    def rollback(self, count: int) -> None: ...
+from tenfold.engine.structure import Constraint
 
 
 @dataclass(eq=False, kw_only=True)
