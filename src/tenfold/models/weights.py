@@ -15,17 +15,17 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from io import BufferedReader
 from itertools import groupby
 from pathlib import Path
 from textwrap import shorten
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tenfold.models import ARCHITECTURES, Config, Model
@@ -34,6 +34,7 @@ from tenfold.models.layout import (
     ALWAYS_FP32,
     DTYPES,
     LOADABLE,
+    PACKED,
     STORED_NAMES,
     ExpertLayout,
     Filled,
@@ -46,6 +47,7 @@ from tenfold.models.layout import (
     pieces,
 )
 from tenfold.models.llama_cpp import (
+    Part,
     has_tokenizer,
     match_parts,
     named_tensors,
@@ -54,12 +56,15 @@ from tenfold.models.llama_cpp import (
     read_tokenizer,
 )
 from tenfold.models.qwen3_next import Qwen3NextConfig
+from tenfold.models.room import require_room, smaller_formats, torch_bytes
 from tenfold.tokenizer import Tokenizer
 
 INDEX, SINGLE, STAGING = "model.safetensors.index.json", "model.safetensors", ".unfinished"
 PICKLED = (".bin", ".pt", ".pth", ".pkl")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]
+STEP = 1 << 22  # numbers that are read at once
+PlaceT = TypeVar("PlaceT", Piece, Part)
 Advance = Callable[[int], None]  # of a progress bar, by bytes
 Read = Callable[[Mapping[str, Tensor]], Iterator[Filled]]  # into the parameters of a mapping
 
@@ -204,6 +209,8 @@ def _weight_files(folder: Path) -> list[Path]:
         return _indexed_files(folder)
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
+    if (folder / PACKED).is_file():
+        raise ValueError(f"{folder}: packed weights, which the native kernels alone can run; take the original folder")
     if (folder / STAGING).is_dir():
         raise ValueError(f"{folder}: this checkpoint was not written to the end; write it again")
     if any(path.suffix in PICKLED for path in folder.iterdir()):
@@ -276,20 +283,28 @@ def load_model(
     checkpoint = open_checkpoint(path)
     chosen = parse_dtype(checkpoint.dtype if dtype == "auto" else dtype)
     model = build_on_meta(checkpoint.config)
+    if torch.device(device).type == "cpu":
+        smaller = {f"--dtype {x}": torch_bytes(model, x) for x in LOADABLE if parse_dtype(x).itemsize < chosen.itemsize}
+        smaller |= smaller_formats(model, packing_dtype(checkpoint).itemsize)
+        require_room(checkpoint.path, torch_bytes(model, dtype_name(chosen)), smaller)
     model.load_state_dict(dict(read_parameters(checkpoint, chosen, device, progress)), assign=True)
     return model.eval()
 
 
 def read_parameters(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device = "cpu", progress: bool = False
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+    names: Sequence[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Each parameter and its name, as soon as the files have given all of it. In memory: those that are begun.
 
-    dtype is that of all but `ALWAYS_FP32`. Raises ValueError, before the first, where the files do not fit the
-    configuration.
+    dtype is that of all but `ALWAYS_FP32`. names: which parameters, in which order; without it all, in that of the
+    files. Raises ValueError, before the first, where the files do not fit the configuration.
     """
     model = build_on_meta(checkpoint.config)
-    read = _plan(checkpoint, model)
+    read = _plan(checkpoint, model, names)
     begun = _Begun({name: parameter.shape for name, parameter in model.named_parameters()}, dtype, device)
     missing = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
@@ -300,6 +315,12 @@ def read_parameters(
             missing[name] -= place.numel()
             if not missing[name]:
                 yield name, begun.pop(name)
+
+
+def packing_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What to read parameters in that are packed next: bf16 where all matrices are in that, else fp32."""
+    matrices = {tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1}
+    return torch.bfloat16 if matrices == {"BF16"} else torch.float32
 
 
 class _Begun(dict[str, Tensor]):
@@ -321,31 +342,46 @@ def build_on_meta(config: Config) -> Model:
         return ARCHITECTURES[config.model_type][1](config)  # type: ignore[arg-type]
 
 
-def _plan(checkpoint: Checkpoint, model: Model) -> Read:
+def _plan(checkpoint: Checkpoint, model: Model, names: Sequence[str] | None) -> Read:
     """How the files fill the parameters; ValueError where they do not fit the configuration."""
     held, path = checkpoint.tensors, checkpoint.path
     if path.is_file():
-        return partial(read_parts, match_parts(held, model, path), held, checkpoint.config)
-    return partial(_read_pieces, match_pieces(held, model, path), held)
+        parts = match_parts(held, model, path)
+        return partial(read_parts, _in_order(parts, held, names), held, checkpoint.config)
+    pieces = match_pieces(held, model, path)
+    return partial(_read_pieces, _in_order(pieces.values(), held, names), held)
+
+
+def _in_order(places: Iterable[PlaceT], held: Mapping[str, StoredTensor], names: Sequence[str] | None) -> list[PlaceT]:
+    """By parameter as these names have it, those of a parameter, or all without names, as the files have them."""
+    rank = {name: i for i, name in enumerate(names)} if names is not None else None
+    chosen = [place for place in places if rank is None or place.parameter in rank]
+
+    def key(place: PlaceT) -> tuple[int, Path, int]:
+        stored = held[place.name]
+        return rank[place.parameter] if rank else 0, stored.path, stored.begin
+
+    return sorted(chosen, key=key)
 
 
 def _read_pieces(
-    places: Mapping[str, Piece], held: Mapping[str, StoredTensor], state: Mapping[str, Tensor]
+    pieces: Sequence[Piece], held: Mapping[str, StoredTensor], state: Mapping[str, Tensor]
 ) -> Iterator[Filled]:
-    in_file_order = sorted(places, key=lambda name: (held[name].path, held[name].begin))
-    for path, names in groupby(in_file_order, key=lambda name: held[name].path):
-        for name, tensor in _read_file(path, names):
-            piece = places[name]
-            yield Filled(piece.parameter, piece.of(state[piece.parameter]), tensor, held[name].nbytes)
+    for path, together in groupby(pieces, key=lambda piece: held[piece.name].path):
+        with path.open("rb") as file:
+            for piece in together:
+                yield from _read_piece(file, piece, held[piece.name], piece.of(state[piece.parameter]))
 
 
-def _read_file(path: Path, names: Iterator[str]) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(path, "pt") as file:
-            for name in names:
-                yield name, file.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: {error}; copy or download it again") from None
+def _read_piece(file: BufferedReader, piece: Piece, stored: StoredTensor, place: Tensor) -> Iterator[Filled]:
+    """Some rows at a time, and not mapped: mapped files would count as memory that the process holds."""
+    dtype = DTYPES[stored.dtype]
+    file.seek(stored.begin)
+    for rows in place.split(max(1, STEP // place[0].numel())):
+        raw = bytearray(rows.numel() * dtype.itemsize)
+        if file.readinto(raw) != len(raw):
+            raise ValueError(f"{stored.path}: became shorter while it was read; copy or download it again")
+        yield Filled(piece.parameter, rows, torch.frombuffer(raw, dtype=dtype).view(rows.shape), len(raw))
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
