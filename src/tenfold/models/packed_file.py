@@ -33,11 +33,13 @@ from tenfold.models import Config
 from tenfold.models.layout import DTYPES, PACKED, STORED_NAMES
 from tenfold.models.packing import EXPERTS, Kind, Packed, Planned, owner_shapes, plan_owner
 from tenfold.models.qwen3_next import Qwen3NextConfig
-from tenfold.models.weights import Advance, build_on_meta, read_config
+from tenfold.models.weights import Advance, build_on_meta, read_config, write_object
+from tenfold.tokenizer import Tokenizer
 
 MAGIC, VERSION = b"TENFOLD\x00", 1
 HEAD = struct.Struct("<8sIIQQ")  # magic, version, checksum of the index, its offset and length
 PAGE, LINE = 4096, 64
+REPORT = "report.json"
 LARGEST_INDEX = 1 << 26  # bytes; the released model's is 1 MB
 LARGEST_SIDE = 1 << 31
 DIMENSIONS = {"matrix": (2,), "experts": (3,), "tensor": (1, 2, 3)}
@@ -89,7 +91,7 @@ def open_packed(folder: Path) -> PackedFile:
     size = path.stat().st_size
     index, end = _read_index(path, size)
     try:
-        owners = {owner: [_entry(values) for values in entries] for owner, entries in index["owners"].items()}
+        owners = {owner: [read_entry(values) for values in entries] for owner, entries in index["owners"].items()}
         _check_places(owners, end)
         format, source = index["format"], index["source"]
         if type(format) is not str or type(source) is not str:
@@ -129,8 +131,8 @@ def _read_index(path: Path, size: int) -> tuple[Any, int]:
         raise ValueError(f"{path}: corrupt index, no JSON; copy or download it again") from None
 
 
-def _entry(values: Any) -> Entry:
-    """Raises ValueError for an entry that cannot be; TypeError and the like where it is no entry at all."""
+def read_entry(values: Any) -> Entry:
+    """An entry as JSON has it. Raises ValueError where it cannot be, TypeError and the like where it is none at all."""
     for field, kind in FIELDS.items():
         if type(values[field]) is not kind:
             raise ValueError(f"{field} is of type {type(values[field]).__name__}, expected {kind.__name__}")
@@ -192,9 +194,9 @@ def _check_owners(path: Path, config: Config, owners: Entries) -> None:
             raise ValueError(f"{path}: {owner}.{name} is {got}, expected {want} by config.json")
 
 
-def _whole(parts: Sequence[tuple[str, Kind, tuple[int, ...]]]) -> dict[str, tuple[Kind, tuple[int, ...]]]:
+def _whole(parts: Sequence[tuple[str, Kind, tuple[int, ...]]]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Kinds and shapes by name; a matrix that is in parts, `NAME.0`, `NAME.1` and so on, as the one that it is."""
-    whole: dict[str, tuple[Kind, tuple[int, ...]]] = {}
+    whole: dict[str, tuple[str, tuple[int, ...]]] = {}
     count = 0
     for name, kind, shape in parts:
         stem, _, number = name.rpartition(".")
@@ -264,6 +266,7 @@ class PackedWriter:
         self, path: Path, kept: dict[str, list[Entry]] | None = None, advance: Advance = lambda _: None
     ) -> None:
         """kept: owners in the unfinished file that is there; raises ValueError where one of them is damaged."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.owners = path, dict(kept or {})
         self._file = path.open("r+b" if self.owners else "w+b")
         for owner, entries in self.owners.items():
@@ -319,6 +322,31 @@ class PackedWriter:
     def _sync(self) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replaces a file, which is never half written. Raises OSError."""
+    unfinished = path.with_name(path.name + ".partial")
+    with unfinished.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def publish(staging: Path, config: Config, tokenizer: Tokenizer | None, report: Mapping[str, object]) -> None:
+    """Adds what belongs to a finished packed file, and moves all into the folder that `staging` is in, it last."""
+    write_object(staging / "config.json", config.to_hf())
+    write_object(staging / REPORT, report)
+    if tokenizer is not None:
+        tokenizer.save(staging)
+    packed = [path for path in staging.iterdir() if path.name == PACKED]
+    others = [path for path in staging.iterdir() if path.suffix == ".json"]
+    for path in (*others, *packed):
+        path.replace(staging.parent / path.name)
+    for path in staging.iterdir():
+        path.unlink()
+    staging.rmdir()
 
 
 def _raw(tensor: Tensor) -> NDArray[np.uint8]:

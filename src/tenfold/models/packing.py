@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -183,9 +183,13 @@ def owner_shapes(skeleton: Model) -> dict[str, dict[str, tuple[int, ...]]]:
     return shapes
 
 
-def owner_by_owner(skeleton: Model) -> list[str]:
-    """The names of all parameters in the order of `owner_shapes`: read so, no owner waits for another one."""
-    return [f"{owner}.{name}" for owner, shapes in owner_shapes(skeleton).items() for name in shapes]
+def owner_by_owner(skeleton: Model, without: Collection[str] = ()) -> list[str]:
+    """The names of all parameters in the order of `owner_shapes`: read so, no owner waits for another one.
+
+    without: owners to leave out.
+    """
+    owners = owner_shapes(skeleton).items()
+    return [f"{owner}.{name}" for owner, shapes in owners if owner not in without for name in shapes]
 
 
 def complete_owners(
@@ -202,7 +206,7 @@ def complete_owners(
         waiting[owner][rest] = parameter.detach()
         if len(waiting[owner]) == expected[owner]:
             yield owner, waiting[owner]
-            del waiting[owner]
+            waiting.pop(owner).clear()  # or who asked for it would keep it while the next one is read
 
 
 def _owner(name: str) -> tuple[str, str]:

@@ -39,9 +39,13 @@ def torch_bytes(model: Model, dtype: str) -> int:
 
 def packing_bytes(model: Model, format: str, itemsize: int) -> int:
     """Bytes of the packed model and of the owner that is being packed, read as numbers of this size."""
+    return planned_bytes(model, format) + owner_bytes(model, itemsize)
+
+
+def owner_bytes(model: Model, itemsize: int) -> int:
+    """Bytes of the largest owner, as numbers of this size."""
     owners = owner_shapes(model).values()
-    largest = max(sum(math.prod(shape) for shape in shapes.values()) for shapes in owners)
-    return planned_bytes(model, format) + largest * itemsize
+    return itemsize * max(sum(math.prod(shape) for shape in shapes.values()) for shapes in owners)
 
 
 def smaller_formats(model: Model, itemsize: int, than: str | None = None) -> dict[str, int]:

@@ -150,6 +150,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     tensors = {name: tensor for file in _weight_files(path) for name, tensor in read_header(file).items()}
     if not tensors:
         raise ValueError(f"{path}: the weight files hold no tensors")
+    if config.num_hidden_layers > len(tensors):
+        raise ValueError(f"{path}: {len(tensors)} tensors, too few for num_hidden_layers {config.num_hidden_layers}")
     if isinstance(config, Qwen3NextConfig):
         modules = int(any(name.startswith("mtp.") for name in tensors))
         config = replace(config, num_nextn_predict_layers=modules)
@@ -297,6 +299,7 @@ def read_parameters(
     device: str | torch.device = "cpu",
     progress: bool = False,
     names: Sequence[str] | None = None,
+    title: str = "reading",
 ) -> Iterator[tuple[str, Tensor]]:
     """Each parameter and its name, as soon as the files have given all of it. In memory: those that are begun.
 
@@ -304,11 +307,10 @@ def read_parameters(
     files. Raises ValueError, before the first, where the files do not fit the configuration.
     """
     model = build_on_meta(checkpoint.config)
-    read = _plan(checkpoint, model, names)
+    total, read = _plan(checkpoint, model, names)
     begun = _Begun({name: parameter.shape for name, parameter in model.named_parameters()}, dtype, device)
     missing = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    with byte_bar(f"reading {checkpoint.path}", total, progress) as advance:
+    with byte_bar(f"{title} {checkpoint.path}", total, progress) as advance:
         for name, place, numbers, nbytes in read(begun):
             place.copy_(numbers)
             advance(nbytes)
@@ -337,19 +339,26 @@ class _Begun(dict[str, Tensor]):
 
 
 def build_on_meta(config: Config) -> Model:
-    """The model's structure, without memory for parameters."""
-    with torch.device("meta"):
-        return ARCHITECTURES[config.model_type][1](config)  # type: ignore[arg-type]
+    """The model's structure, without memory for parameters; ValueError where even its sizes can't be counted."""
+    try:
+        with torch.device("meta"):
+            return ARCHITECTURES[config.model_type][1](config)  # type: ignore[arg-type]
+    except RuntimeError:
+        raise ValueError("config.json: a matrix would have more than 2^63 bytes; download it again") from None
 
 
-def _plan(checkpoint: Checkpoint, model: Model, names: Sequence[str] | None) -> Read:
-    """How the files fill the parameters; ValueError where they do not fit the configuration."""
+def _plan(checkpoint: Checkpoint, model: Model, names: Sequence[str] | None) -> tuple[int, Read]:
+    """How many bytes to read, and how they fill the parameters; ValueError where they do not fit the configuration."""
     held, path = checkpoint.tensors, checkpoint.path
     if path.is_file():
-        parts = match_parts(held, model, path)
-        return partial(read_parts, _in_order(parts, held, names), held, checkpoint.config)
-    pieces = match_pieces(held, model, path)
-    return partial(_read_pieces, _in_order(pieces.values(), held, names), held)
+        parts = _in_order(match_parts(held, model, path), held, names)
+        return _total(parts, held), partial(read_parts, parts, held, checkpoint.config)
+    pieces = _in_order(match_pieces(held, model, path).values(), held, names)
+    return _total(pieces, held), partial(_read_pieces, pieces, held)
+
+
+def _total(places: Iterable[Piece | Part], held: Mapping[str, StoredTensor]) -> int:
+    return sum(held[place.name].nbytes for place in places)
 
 
 def _in_order(places: Iterable[PlaceT], held: Mapping[str, StoredTensor], names: Sequence[str] | None) -> list[PlaceT]:
@@ -442,7 +451,7 @@ def write_checkpoint(
         stale.unlink()
     left = [name for name in shards if name not in done]
     total = sum(source.nbytes for name in left for source in shards[name])
-    _check_room(staging, total)
+    check_disk(staging, total)
     with byte_bar(f"writing {folder}", total, progress) as advance:
         for name in left:
             _write_shard(staging / name, headers[name], shards[name], advance)
@@ -486,10 +495,11 @@ def _starts_with(path: Path, header: bytes) -> bool:
         return file.read(len(header)) == header
 
 
-def _check_room(folder: Path, needed: int) -> None:
+def check_disk(folder: Path, needed: int) -> None:
+    """Raises OSError where the disk has no room for this many bytes."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        reason = f"the checkpoint needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
+        reason = f"the files need {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
         raise OSError(errno.ENOSPC, reason, str(folder.parent))
 
 
@@ -516,16 +526,17 @@ def _write_descriptions(
     tokenizer: Tokenizer | None,
 ) -> None:
     dtypes = dict.fromkeys(("dtype", "torch_dtype"), dtype_name(dtype))  # transformers 5's name and 4's
-    _write_object(staging / "config.json", config.to_hf() | dtypes)
+    write_object(staging / "config.json", config.to_hf() | dtypes)
     if tokenizer is not None:
         tokenizer.save(staging)
     if len(shards) > 1:
         total = sum(source.nbytes for shard in shards.values() for source in shard)
         weight_map = {source.name: file for file, shard in shards.items() for source in shard}
-        _write_object(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_object(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_object(path: Path, values: Mapping[str, object]) -> None:
+def write_object(path: Path, values: Mapping[str, object]) -> None:
+    """Writes JSON, to the disk."""
     with path.open("w", encoding="utf-8") as file:
         file.write(json.dumps(values, indent=2) + "\n")
         file.flush()
