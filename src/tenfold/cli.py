@@ -290,6 +290,7 @@ class Info:
     """Describe a checkpoint: its shape, parameters and files."""
 
     model: Annotated[Positional[Path], arg(metavar="MODEL")]  # checkpoint folder, or GGUF file
+    verify: bool = False  # read the weights of a packed folder, and compare their checksums
     json: bool = False  # for programs
 
     def run(self) -> None:
@@ -297,13 +298,18 @@ class Info:
 
         from tenfold.kernels import cpu
         from tenfold.models.info import describe
+        from tenfold.models.packed_file import verify
 
+        if self.verify:
+            verify(self.model, progress=True)
         info, kernels = describe(self.model), cpu.isa() if cpu.available() else None
         if self.json:
             print(json.dumps(asdict(info) | {"kernels": kernels}, indent=2))
         else:
             Console().print(info.table())
             print(f"native kernels: {kernels or 'none, torch runs instead'}")
+            if self.verify:
+                print("checksums: all weights are as they were written")
 
 
 @dataclass(frozen=True, kw_only=True)

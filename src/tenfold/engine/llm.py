@@ -153,7 +153,12 @@ class LLM:
         device then don't matter. torch is left with one thread in this process. A folder of `tenfold quantize` needs
         no mention: it runs there anyway.
         """
-        native = quantization is not None or is_packed(Path(path_or_name).expanduser())
+        packed = is_packed(Path(path_or_name).expanduser())
+        if packed and (dtype, str(device)) != ("float32", "cpu"):
+            raise ValueError(
+                f"{path_or_name}: packed for the native kernels of the CPU; leave out --dtype and --device"
+            )
+        native = packed or quantization is not None
         model, tokenizer = start_native(path_or_name, quantization) if native else load(path_or_name, dtype, device)
         if tokenizer is None:
             raise ValueError(f"{path_or_name}: no tokenizer.json, which is needed to read a prompt")

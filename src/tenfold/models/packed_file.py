@@ -33,7 +33,7 @@ from tenfold.models import Config
 from tenfold.models.layout import DTYPES, PACKED, STORED_NAMES
 from tenfold.models.packing import EXPERTS, Kind, Packed, Planned, owner_shapes, plan_owner
 from tenfold.models.qwen3_next import Qwen3NextConfig
-from tenfold.models.weights import Advance, build_on_meta, read_config, write_object
+from tenfold.models.weights import Advance, build_on_meta, byte_bar, read_config, write_object
 from tenfold.tokenizer import Tokenizer
 
 MAGIC, VERSION = b"TENFOLD\x00", 1
@@ -239,9 +239,13 @@ def _packed(entries: Sequence[Entry], data: NDArray[np.uint8]) -> Packed:
     return packed
 
 
-def verify(file: PackedFile, advance: Advance) -> None:
+def verify(folder: Path, progress: bool = False) -> None:
     """Reads all weights; raises ValueError for the first that is not what was written."""
-    with file.path.open("rb") as opened:
+    if not is_packed(folder):
+        raise ValueError(f"{folder}: no {PACKED}, which alone has checksums; tenfold quantize writes one")
+    file = open_packed(folder)
+    total = sum(entry.nbytes for entries in file.owners.values() for entry in entries)
+    with file.path.open("rb") as opened, byte_bar(f"verifying {file.path}", total, progress) as advance:
         for owner, entries in file.owners.items():
             for entry in entries:
                 _verify_entry(opened, file.path, owner, entry, advance)

@@ -499,7 +499,7 @@ def check_disk(folder: Path, needed: int) -> None:
     """Raises OSError where the disk has no room for this many bytes."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        reason = f"the files need {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
+        reason = f"the model needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
         raise OSError(errno.ENOSPC, reason, str(folder.parent))
 
 
