@@ -173,7 +173,12 @@ class _Job:
 
     def _writer(self) -> PackedWriter:
         with byte_bar("verifying what is there", _total(self._kept), bool(self._kept)) as advance:
-            return PackedWriter(self.staging / PACKED, self._kept, advance)
+            try:
+                return PackedWriter(self.staging / PACKED, self._kept, advance)
+            except (ValueError, FileNotFoundError):
+                raise ValueError(
+                    f"{self.staging}: an earlier attempt left damaged files; delete it, and repeat"
+                ) from None
 
     def _pack(self, writer: PackedWriter, owner: str, weights: Weights) -> None:
         importance = self.comparison.importance(owner, weights)

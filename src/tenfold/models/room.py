@@ -21,14 +21,14 @@ def require_room(path: Path, needed: int, smaller: Mapping[str, int]) -> None:
     free = available_memory()
     if free is None or needed <= free:
         return
-    fits = next((f"; {what} takes {_gb(least)}" for what, least in smaller.items() if least <= free), "")
+    fits = next((f"; {what} takes {_size(least)}" for what, least in smaller.items() if least <= free), "")
     least = min([needed, *smaller.values()])
-    advice = fits or f"; free some, or take a machine with {_gb(least)} or more"
-    raise ValueError(f"{path}: needs {_gb(needed)} of memory, {_gb(free)} are available{advice}")
+    advice = fits or f"; free some, or take a machine with {_size(least)} or more"
+    raise ValueError(f"{path}: needs {_size(needed)} of memory, {_size(free)} are available{advice}")
 
 
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def torch_bytes(model: Model, dtype: str) -> int:
