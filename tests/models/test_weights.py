@@ -497,6 +497,15 @@ def test_2000_mutated_folders(
     assert peak_memory_gb() < before + 0.1
 
 
+@pytest.mark.parametrize("name", [SINGLE, "config.json"])
+def test_json_without_bottom(name: str, tmp_path: Path) -> None:
+    save_model(new_model(), tmp_path)
+    text = b"[" * 100_000
+    (tmp_path / name).write_bytes(len(text).to_bytes(8, "little") + text if name == SINGLE else text)
+    with pytest.raises(ValueError, match=r"corrupt header|not valid JSON"):
+        open_checkpoint(tmp_path)
+
+
 def mutated_file(
     raw: bytes,
     chance: random.Random,

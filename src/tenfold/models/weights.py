@@ -199,7 +199,7 @@ def read_config(folder: str | Path) -> Config:
 def _read_object(path: Path) -> dict[str, object]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON as of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON as of UTF-8
         raise ValueError(f"{path}: not valid JSON ({error}); copy or download it again") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
@@ -248,7 +248,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         entries = json.loads(raw)
         entries.pop("__metadata__", None)
         tensors = {name: _stored(path, start, entry) for name, entry in entries.items()}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(f"{path}: corrupt header; copy or download it again") from None
     _check_extent(path, start, size, tensors)
     return tensors
