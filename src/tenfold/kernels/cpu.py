@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import Any
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from tenfold.kernels._native import (
         AttentionBlock,
         Batch,
@@ -35,6 +38,9 @@ if TYPE_CHECKING:
     )
 
 FORMATS = ("bf16", "int8", "int4")
+BLOCK, GROUP = 32, 32  # the rows and columns that are packed together (csrc/formats.h)
+GROUP_BYTES = {"bf16": 2048, "int8": 1088, "int4": 576}  # of a block's rows in a group's columns, with scales
+EXPERT_ALIGNMENT = 4096  # bytes
 
 
 @functools.cache
@@ -118,6 +124,17 @@ def multiply_gop_s(format: str) -> float:
     return _native().multiply_gop_s(format)
 
 
+def packed_bytes(format: str, rows: int, cols: int) -> int:
+    """Bytes of a packed weight `[N, K]`."""
+    return -(-rows // BLOCK) * (cols // GROUP) * GROUP_BYTES[format]
+
+
+def expert_bytes(format: str, hidden: int, width: int) -> int:
+    """Bytes of a packed expert, whole pages."""
+    used = 2 * packed_bytes(format, width, hidden) + packed_bytes(format, hidden, width)
+    return -(-used // EXPERT_ALIGNMENT) * EXPERT_ALIGNMENT
+
+
 def pack_linear(weight: Tensor, format: str, importance: Tensor | None = None) -> PackedLinear:
     """Packs a weight `[N, K]`, fp32 or bf16, K a multiple of 32, as `bf16`, `int8` or `int4`.
 
@@ -126,7 +143,7 @@ def pack_linear(weight: Tensor, format: str, importance: Tensor | None = None) -
     return _native().PackedLinear.pack(weight.detach(), format, importance)
 
 
-def packed_linear(packed: Tensor, format: str, rows: int, cols: int) -> PackedLinear:
+def packed_linear(packed: Tensor | NDArray[np.uint8], format: str, rows: int, cols: int) -> PackedLinear:
     """A weight in packed form already, uint8, as from a memory-mapped file: nothing is copied."""
     return _native().PackedLinear(packed, format, rows, cols)
 
@@ -180,7 +197,9 @@ def empty_experts(format: str, count: int, hidden: int, width: int) -> PackedExp
     return _native().PackedExperts(format, count, hidden, width)
 
 
-def packed_experts(packed: Tensor, format: str, count: int, hidden: int, width: int) -> PackedExperts:
+def packed_experts(
+    packed: Tensor | NDArray[np.uint8], format: str, count: int, hidden: int, width: int
+) -> PackedExperts:
     """Experts in packed form already, uint8, as from a memory-mapped file: nothing is copied."""
     return _native().PackedExperts(packed, format, count, hidden, width)
 

@@ -21,10 +21,19 @@ from tenfold.kernels import cpu
 from tenfold.models import Config
 from tenfold.models.fingerprint import weights_digest
 from tenfold.models.native_cache import KV_FORMATS, PAGE, KeyValueMemory, NativeCache, Pool, RecurrentMemory
-from tenfold.models.packing import complete_owners, pack_owner
+from tenfold.models.packed_file import is_packed, open_packed, read_owners
+from tenfold.models.packing import complete_owners, owner_by_owner, pack_owner, planned_bytes
 from tenfold.models.qwen3_next import Qwen3NextConfig
+from tenfold.models.room import packing_bytes, require_room, smaller_formats
 from tenfold.models.rope import RotaryTable
-from tenfold.models.weights import build_on_meta, load_tokenizer, open_checkpoint, read_parameters, resolve_path
+from tenfold.models.weights import (
+    build_on_meta,
+    load_tokenizer,
+    open_checkpoint,
+    packing_dtype,
+    read_parameters,
+    resolve_path,
+)
 from tenfold.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -289,16 +298,42 @@ def norm_weight(config: Config, weight: Tensor) -> cpu.NormWeight:
     return cpu.norm_weight(weight, config.rms_norm_eps, zero_centered=isinstance(config, Qwen3NextConfig))
 
 
-def load_native(path_or_name: str | Path, format: str, kv_format: str = "fp16") -> tuple[NativeModel, Tokenizer | None]:
-    """A model packed while it is read, and its tokenizer where there is one; path_or_name as for `weights.load`.
+def load_native(
+    path_or_name: str | Path, format: str | None = None, kv_format: str = "fp16"
+) -> tuple[NativeModel, Tokenizer | None]:
+    """A model, packed while it is read or packed already, and its tokenizer where there is one.
 
-    In memory: the packed model, and a layer or two as they are in the files. Raises ValueError or OSError, in one
-    line, where the checkpoint cannot be read, or the kernels cannot run.
+    path_or_name: as for `weights.load`, or a folder of `tenfold quantize`, whose weights stay in the file and are
+    mapped. format: of the large matrices; without it bf16, or the packed file's own. In memory, while packing: the
+    packed model, and a layer or two as they are in the files. Raises ValueError or OSError, in one line, where the
+    checkpoint cannot be read or is too large for the memory, or the kernels cannot run.
     """
     cpu.require()
     path = resolve_path(path_or_name)
-    checkpoint = open_checkpoint(path)
-    matrices = {tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1}
-    dtype = torch.bfloat16 if matrices == {"BF16"} else torch.float32
-    model = NativeModel.pack(checkpoint.config, read_parameters(checkpoint, dtype, progress=True), format, kv_format)
+    model = (
+        _map_packed(path, format, kv_format) if is_packed(path) else _pack_checkpoint(path, format or "bf16", kv_format)
+    )
     return model, load_tokenizer(path)
+
+
+def _map_packed(folder: Path, format: str | None, kv_format: str) -> NativeModel:
+    file = open_packed(folder)
+    if format not in (None, file.format):
+        raise ValueError(
+            f"{folder}: packed as {file.format}, not {format}; leave out --quantization, or quantize again"
+        )
+    smaller = cpu.FORMATS[cpu.FORMATS.index(file.format) + 1 :]
+    skeleton = build_on_meta(file.config)
+    require_room(folder, file.size, {f"quantize --to {x}": planned_bytes(skeleton, x) for x in smaller})
+    return NativeModel(file.config, read_owners(file), kv_format)
+
+
+def _pack_checkpoint(path: Path, format: str, kv_format: str) -> NativeModel:
+    checkpoint = open_checkpoint(path)
+    dtype = packing_dtype(checkpoint)
+    skeleton = build_on_meta(checkpoint.config)
+    if format in cpu.FORMATS:
+        smaller = smaller_formats(skeleton, dtype.itemsize, format)
+        require_room(path, packing_bytes(skeleton, format, dtype.itemsize), smaller)
+    parameters = read_parameters(checkpoint, dtype, progress=True, names=owner_by_owner(skeleton))
+    return NativeModel.pack(checkpoint.config, parameters, format, kv_format)
