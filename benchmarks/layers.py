@@ -87,7 +87,7 @@ def attention_cases(isas: list[str], tokens: int, past: int, types: list[str]) -
     q, k, v = (torch.randn(total, n * HEAD_DIM) for n in (2 * HEADS, KV_HEADS, KV_HEADS))
     rotation = rotary_table(torch.arange(total), 1e7 ** -torch.arange(0, 1, 2 / ROTATED))
     new_q, new_k, new_v = q[past:], k[past:], v[past:]
-    new_rotation, old_rotation = ((rotation[0][s], rotation[1][s]) for s in (slice(past, None), slice(past)))
+    new_rotation, table_of_all = (rotation[0][past:], rotation[1][past:]), cpu.rotation(*rotation)
     cached = rotary(rms_norm(k.unflatten(-1, (-1, HEAD_DIM)), norm, EPS, True), *rotation)
     values = v.unflatten(-1, (-1, HEAD_DIM))
 
@@ -107,7 +107,7 @@ def attention_cases(isas: list[str], tokens: int, past: int, types: list[str]) -
     for type in types:
         arrays = cpu.empty_pages(len(table), KV_HEADS, HEAD_DIM, PAGE, TYPES[type])
         pages = cpu.key_value_pages(*arrays)
-        batch = cpu.batch([0, tokens], past=[past], pages=[table], rotation=new_rotation)
+        batch = cpu.batch([0, tokens], past=[past], pages=[table], rotation=table_of_all)
 
         def native(
             _: int, pages: cpu.KeyValuePages = pages, batch: cpu.Batch = batch, arrays: object = arrays
@@ -115,7 +115,7 @@ def attention_cases(isas: list[str], tokens: int, past: int, types: list[str]) -
             return cpu.attention(new_q, new_k, new_v, weight, weight, pages, batch, gated=True)
 
         if past:
-            before = cpu.batch([0, past], past=[0], pages=[table], rotation=old_rotation)
+            before = cpu.batch([0, past], past=[0], pages=[table], rotation=table_of_all)
             cpu.attention(q[:past], k[:past], v[:past], weight, weight, pages, before, gated=True)
         for isa in isas:
             cpu.use_isa(isa)

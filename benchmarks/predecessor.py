@@ -104,7 +104,7 @@ def make_arm(name: str, config: Config, layers: int, options: Options) -> Arm:
     tokens = torch.randint(config.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(0))
     cache = model.new_cache()
     cache.length = longest - 1
-    model.hidden_states(tokens[:1], cache)  # makes room
+    model.hidden_states(tokens[:1].tolist(), cache)  # makes room
     for held in cache.tensors():
         held.normal_(0.0, CONTENT)
     return Arm(name=name, config=config, model=model, cache=cache, tokens=tokens)
@@ -151,7 +151,7 @@ def decode_case(arm: Arm, context: int) -> Case:
 
     def run(i: int) -> None:
         arm.cache.length = context
-        arm.model.hidden_states(arm.tokens[i % TOKENS][None], arm.cache)
+        arm.model.hidden_states([int(arm.tokens[i % TOKENS])], arm.cache)
 
     return Case(group=f"{arm.label}, decode at {context:,}", name="", run=run, nbytes=arm.layer_bytes(context))
 
@@ -162,7 +162,7 @@ def prefill_case(arm: Arm, depth: int, chunk: int) -> Case:
     def run(i: int) -> None:
         arm.cache.length = depth
         start = i * chunk % (TOKENS - chunk)
-        arm.model.hidden_states(arm.tokens[start : start + chunk], arm.cache)
+        arm.model.hidden_states(arm.tokens[start : start + chunk].tolist(), arm.cache)
 
     operations = chunk * forward_flops(arm.model.config, depth + mean_context(chunk)).layers
     return Case(group=f"{arm.label}, prefill at {depth:,}", name="", run=run, operations=operations)

@@ -82,45 +82,53 @@ void swiglu(const Input& gate, const Input& up, const Output& out) {
   run(op);
 }
 
-// Calls block.run(stream, memory..., out) with checked arrays, without the interpreter's lock.
+// block.run(residual, memory...), without the interpreter's lock.
 template <class Block, class... Memory>
-void run_block(const Block& block, const Output& x, const std::optional<Input>& delta,
-               const Memory&... memory, const Output& out) {
-  const int64_t rows = matrix(x, "x").rows;
-  const Rows input = activations(x, rows, block.hidden(), "x");
-  const Rows added = delta ? activations(*delta, rows, block.hidden(), "delta") : Rows{};
-  const Rows output = activations(out, rows, block.hidden(), "out");
+void run_block(const Block& block, Residual& residual, const Memory&... memory) {
   const nb::gil_scoped_release release;
-  block.run({input, delta ? &added : nullptr}, memory..., output);
+  block.run(residual, memory...);
+}
+
+void normalize(Residual& residual, const NormWeight& norm, const Output& out) {
+  const Rows rows = activations(out, residual.x().rows, norm.dim(), "out");
+  const nb::gil_scoped_release release;
+  residual.normalize(norm, rows);
 }
 
 void bind_blocks(nb::module_& m) {
   using Norm = const NormWeight&;
   using Linear = const PackedLinear&;
+  nb::class_<Residual>(m, "Residual")
+      .def(nb::init<Output>(), nb::arg("x"))
+      .def(nb::init<const std::vector<const PackedLinear*>&, const std::vector<int64_t>&>(),
+           nb::arg("weights"), nb::arg("rows"))
+      .def_prop_ro("shape", [](const Residual& self) { return nb::make_tuple(self.x().rows, self.x().cols); })
+      .def("settle", &Residual::settle)
+      .def("normalize", &normalize, nb::arg("norm"), nb::arg("out"));
   nb::class_<AttentionBlock>(m, "AttentionBlock")
       .def(nb::init<Norm, Linear, Linear, Linear, Norm, Norm, Linear, bool>(), nb::keep_alive<1, 2>(),
            nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(),
            nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>(), nb::arg("norm"), nb::arg("q"), nb::arg("k"),
            nb::arg("v"), nb::arg("q_norm"), nb::arg("k_norm"), nb::arg("output"), nb::arg("gated"))
-      .def("__call__", &run_block<AttentionBlock, KeyValuePages, Batch>, nb::arg("x"),
-           nb::arg("delta").none(), nb::arg("cache"), nb::arg("batch"), nb::arg("out"));
+      .def("__call__", &run_block<AttentionBlock, KeyValuePages, Batch>, nb::arg("residual"),
+           nb::arg("cache"), nb::arg("batch"));
   nb::class_<DeltaNetBlock>(m, "DeltaNetBlock")
       .def(nb::init<Norm, Linear, Linear, const DeltaNetWeights&, Linear>(), nb::keep_alive<1, 2>(),
            nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(),
            nb::arg("norm"), nb::arg("qkvz"), nb::arg("ba"), nb::arg("weights"), nb::arg("output"))
-      .def("__call__", &run_block<DeltaNetBlock, RecurrentStates, Batch>, nb::arg("x"),
-           nb::arg("delta").none(), nb::arg("states"), nb::arg("batch"), nb::arg("out"));
+      .def("__call__", &run_block<DeltaNetBlock, RecurrentStates, Batch>, nb::arg("residual"),
+           nb::arg("states"), nb::arg("batch"));
   nb::class_<SparseBlock>(m, "SparseBlock")
       .def(nb::init<Norm, Linear, Linear, const PackedExperts&, int64_t, bool>(), nb::keep_alive<1, 2>(),
            nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::arg("norm"),
            nb::arg("router"), nb::arg("shared_gate"), nb::arg("experts"), nb::arg("choices"),
            nb::arg("normalize"))
-      .def("__call__", &run_block<SparseBlock>, nb::arg("x"), nb::arg("delta").none(), nb::arg("out"));
+      .def("__call__", &run_block<SparseBlock>, nb::arg("residual"));
   nb::class_<DenseBlock>(m, "DenseBlock")
       .def(nb::init<Norm, Linear, Linear, Linear>(), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
            nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::arg("norm"), nb::arg("gate"), nb::arg("up"),
            nb::arg("down"))
-      .def("__call__", &run_block<DenseBlock>, nb::arg("x"), nb::arg("delta").none(), nb::arg("out"));
+      .def("__call__", &run_block<DenseBlock>, nb::arg("residual"));
 }
 
 }  // namespace
@@ -129,12 +137,11 @@ void bind_layers(nb::module_& m) {
   using Indices = std::optional<std::vector<int64_t>>;
   using Pages = std::optional<std::vector<Input>>;
   using Saves = std::optional<std::vector<std::vector<int64_t>>>;
+  nb::class_<Rotation>(m, "Rotation").def(nb::init<Input, Input>(), nb::arg("cos"), nb::arg("sin"));
   nb::class_<Batch>(m, "Batch")
-      .def(nb::init<std::vector<int64_t>, Indices, Indices, Pages, std::optional<Input>, std::optional<Input>,
-                    Saves>(),
+      .def(nb::init<std::vector<int64_t>, Indices, Indices, Pages, const Rotation*, Saves>(),
            nb::arg("bounds"), nb::arg("slots") = nb::none(), nb::arg("past") = nb::none(),
-           nb::arg("pages") = nb::none(), nb::arg("cos") = nb::none(), nb::arg("sin") = nb::none(),
-           nb::arg("saves") = nb::none())
+           nb::arg("pages") = nb::none(), nb::arg("rotation") = nb::none(), nb::arg("saves") = nb::none())
       .def_prop_ro("tokens", &Batch::tokens);
   nb::class_<NormWeight>(m, "NormWeight")
       .def(nb::init<Input, float, bool>(), nb::arg("weight"), nb::arg("eps"), nb::arg("zero_centered"))

@@ -22,47 +22,54 @@ namespace nb = nanobind;
 namespace tenfold {
 namespace {
 
-void linear(const Input& x, const std::vector<const PackedLinear*>& weights,
-            const std::vector<Output>& outs) {
-  const Rows input = matrix(x, "x");
-  require(!weights.empty() && weights.size() == outs.size(),
+void multiply(const Rows& input, const std::vector<const PackedLinear*>& weights,
+              const std::vector<Rows>& outputs) {
+  require(!weights.empty() && weights.size() == outputs.size(),
           "linear: one output per weight, and one weight at least");
   std::vector<PackedMatrix> matrices;
-  std::vector<Rows> outputs;
   for (size_t i = 0; i < weights.size(); ++i) {
     const PackedMatrix weight = weights[i]->view();
-    const Rows out = matrix(outs[i], "out");
+    const Rows& out = outputs[i];
     require(weight.cols == input.cols, "linear: x must have as many columns as each weight");
     require(out.rows == input.rows && out.cols == weight.rows,
             "linear: out must be [tokens, rows of its weight]");
     require((weight.format == Format::bf16) == (weights[0]->format() == Format::bf16),
             "linear: weights of one call are all bf16, or none is");
     matrices.push_back(weight);
-    outputs.push_back(out);
   }
   const auto count = static_cast<int64_t>(weights.size());
   const nb::gil_scoped_release release;
   run(Product{input, matrices.data(), outputs.data(), count, nullptr});
 }
 
-// Row i of out is row rows[i] of weights that stand one below the other.
-void take_rows(const std::vector<const PackedLinear*>& weights, const Input& rows, const Output& out) {
-  require(!weights.empty(), "take_rows: one weight at least");
-  const auto count = static_cast<int64_t>(rows.size()), cols = weights[0]->cols();
-  const auto* numbers = contiguous<int64_t>(rows, {count}, "rows", "int64");
-  auto* to = contiguous<float>(out, {count, cols}, "out", "float32");
+void linear(const Input& x, const std::vector<const PackedLinear*>& weights,
+            const std::vector<Output>& outs) {
+  std::vector<Rows> outputs;
+  for (const Output& out : outs) outputs.push_back(matrix(out, "out"));
+  multiply(matrix(x, "x"), weights, outputs);
+}
+
+// Of weights that stand one below the other: their results stand side by side in `out`.
+void linear_stacked(const Input& x, const std::vector<const PackedLinear*>& weights, const Output& out) {
+  const Rows whole = matrix(out, "out");
+  std::vector<Rows> outputs;
+  int64_t first = 0;
   for (const PackedLinear* weight : weights) {
-    require(weight->cols() == cols, "take_rows: all weights must have the same number of columns");
+    Rows part = whole;
+    part.cols = weight->rows();
+    part.data = static_cast<uint8_t*>(whole.data) + first * (whole.dtype == DType::f32 ? 4 : 2);
+    outputs.push_back(part);
+    first += part.cols;
   }
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t row = numbers[i];
-    size_t part = 0;
-    for (; row >= 0 && part < weights.size() && row >= weights[part]->rows(); ++part)
-      row -= weights[part]->rows();
-    if (row < 0 || part == weights.size())
-      refuse("take_rows: no row %lld", static_cast<long long>(numbers[i]));
-    weights[part]->unpack_row(row, to + i * cols);
-  }
+  require(first == whole.cols, "linear_stacked: out must have as many columns as the weights have rows");
+  multiply(matrix(x, "x"), weights, outputs);
+}
+
+void take_rows_into(const std::vector<const PackedLinear*>& weights, const Input& rows, const Output& out) {
+  const auto* numbers = contiguous<int64_t>(rows, {static_cast<int64_t>(rows.size())}, "rows", "int64");
+  const Rows to = matrix(out, "out");
+  require(to.rows == static_cast<int64_t>(rows.size()), "take_rows: out must have a row for each number");
+  take_rows(weights, numbers, to);
 }
 
 void check_choice(const int32_t* chosen, int64_t choices, int64_t experts) {
@@ -213,7 +220,8 @@ NB_MODULE(_native, m) {
                   nb::arg("importance") = nb::none())
       .def_prop_ro("shape", [](const PackedLinear& self) { return nb::make_tuple(self.rows(), self.cols()); })
       .def("unpack", &PackedLinear::unpack, nb::arg("out"));
-  m.def("take_rows", &take_rows, nb::arg("weights"), nb::arg("rows"), nb::arg("out"));
+  m.def("take_rows", &take_rows_into, nb::arg("weights"), nb::arg("rows"), nb::arg("out"));
+  m.def("linear_stacked", &linear_stacked, nb::arg("x"), nb::arg("weights"), nb::arg("out"));
   m.def("linear", &linear, nb::arg("x"), nb::arg("weights"), nb::arg("outs"));
 
   nb::class_<PackedExperts> packed_experts(m, "PackedExperts");

@@ -21,10 +21,6 @@ std::array<Rows, N> matrices(int64_t rows, const std::array<int64_t, N>& cols) {
   return out;
 }
 
-void normalize(const Stream& stream, const NormWeight& norm, const Rows& out) {
-  run(RmsNorm{stream.x, out, stream.delta, norm.scale(), norm.eps()});
-}
-
 template <size_t N>
 void multiply(const Rows& x, const std::array<PackedMatrix, N>& weights, const std::array<Rows, N>& outs) {
   run(Product{x, weights.data(), outs.data(), N, nullptr});
@@ -45,6 +41,46 @@ void require_writes(const NormWeight& norm, const PackedMatrix& weight, int64_t 
 
 }  // namespace
 
+Residual::Residual(Output x) : array_(std::move(x)), x_(matrix(array_, "x")) {
+  require_shape(x_, x_.rows, x_.cols, "x");
+  make_room();
+}
+
+Residual::Residual(const std::vector<const PackedLinear*>& weights, const std::vector<int64_t>& rows) {
+  require(!weights.empty(), "one weight at least");
+  const auto count = static_cast<int64_t>(rows.size()), cols = weights[0]->cols();
+  own_ = allocate(static_cast<size_t>(count * cols) * sizeof(float));
+  x_ = {own_.get(), DType::f32, count, cols, cols};
+  take_rows(weights, rows.data(), x_);
+  make_room();
+}
+
+void Residual::make_room() {
+  memory_ = allocate(static_cast<size_t>(x_.rows * x_.cols) * sizeof(float));
+  added_ = {memory_.get(), DType::f32, x_.rows, x_.cols, x_.cols};
+}
+
+void Residual::normalize(const NormWeight& norm, const Rows& out) {
+  require_shape(x_, x_.rows, norm.dim(), "x");
+  run(RmsNorm{x_, out, pending_ ? &added_ : nullptr, norm.scale(), norm.eps()});
+  pending_ = false;
+}
+
+const Rows& Residual::added() {
+  pending_ = true;
+  return added_;
+}
+
+void Residual::settle() {
+  if (!pending_) return;
+  for (int64_t t = 0; t < x_.rows; ++t) {
+    float* x = static_cast<float*>(x_.data) + t * x_.stride;
+    const float* added = static_cast<const float*>(added_.data) + t * added_.stride;
+    for (int64_t i = 0; i < x_.cols; ++i) x[i] += added[i];
+  }
+  pending_ = false;
+}
+
 AttentionBlock::AttentionBlock(const NormWeight& norm, const PackedLinear& q, const PackedLinear& k,
                                const PackedLinear& v, const NormWeight& q_norm, const NormWeight& k_norm,
                                const PackedLinear& output, bool gated)
@@ -59,14 +95,13 @@ AttentionBlock::AttentionBlock(const NormWeight& norm, const PackedLinear& q, co
   require_writes(norm, output_, gated ? q.rows() / 2 : q.rows());
 }
 
-void AttentionBlock::run(const Stream& stream, const KeyValuePages& cache, const Batch& batch,
-                         const Rows& out) const {
-  const auto [x, q, k, v, y] =
-      matrices<5>(stream.x.rows, {hidden(), inputs_[0].rows, inputs_[1].rows, inputs_[2].rows, output_.cols});
-  normalize(stream, norm_, x);
+void AttentionBlock::run(Residual& residual, const KeyValuePages& cache, const Batch& batch) const {
+  const auto [x, q, k, v, y] = matrices<5>(
+      residual.x().rows, {norm_.dim(), inputs_[0].rows, inputs_[1].rows, inputs_[2].rows, output_.cols});
+  residual.normalize(norm_, x);
   multiply<3>(x, inputs_, {q, k, v});
   tenfold::run(attention(q, k, v, q_norm_, k_norm_, gated_, cache, batch, y));
-  multiply<1>(y, {output_}, {out});
+  multiply<1>(y, {output_}, {residual.added()});
 }
 
 DeltaNetBlock::DeltaNetBlock(const NormWeight& norm, const PackedLinear& qkvz, const PackedLinear& ba,
@@ -76,14 +111,13 @@ DeltaNetBlock::DeltaNetBlock(const NormWeight& norm, const PackedLinear& qkvz, c
   require_writes(norm, output_, weights.values());
 }
 
-void DeltaNetBlock::run(const Stream& stream, const RecurrentStates& states, const Batch& batch,
-                        const Rows& out) const {
+void DeltaNetBlock::run(Residual& residual, const RecurrentStates& states, const Batch& batch) const {
   const auto [x, qkvz, ba, y] =
-      matrices<4>(stream.x.rows, {hidden(), inputs_[0].rows, inputs_[1].rows, output_.cols});
-  normalize(stream, norm_, x);
+      matrices<4>(residual.x().rows, {norm_.dim(), inputs_[0].rows, inputs_[1].rows, output_.cols});
+  residual.normalize(norm_, x);
   multiply<2>(x, inputs_, {qkvz, ba});
   tenfold::run(delta_net(qkvz, ba, weights_, states, batch, y));
-  multiply<1>(y, {output_}, {out});
+  multiply<1>(y, {output_}, {residual.added()});
 }
 
 SparseBlock::SparseBlock(const NormWeight& norm, const PackedLinear& router, const PackedLinear& shared_gate,
@@ -100,19 +134,19 @@ SparseBlock::SparseBlock(const NormWeight& norm, const PackedLinear& router, con
   require(choices >= 1 && choices <= router.rows(), "as many experts cannot be chosen");
 }
 
-void SparseBlock::run(const Stream& stream, const Rows& out) const {
-  const int64_t tokens = stream.x.rows, shared = experts_.count() - router_[0].rows;
+void SparseBlock::run(Residual& residual) const {
+  const int64_t tokens = residual.x().rows, shared = experts_.count() - router_[0].rows;
   const int64_t places = choices_ + shared;
   require(tokens * places < INT32_MAX, "too many tokens for one call");
   const auto [x, logits, gate, numbers, weights] =
-      matrices<5>(tokens, {hidden(), router_[0].rows, 1, places, places});
+      matrices<5>(tokens, {norm_.dim(), router_[0].rows, 1, places, places});
   auto* chosen = static_cast<int32_t*>(numbers.data);
   auto* factors = static_cast<float*>(weights.data);
-  normalize(stream, norm_, x);
+  residual.normalize(norm_, x);
   multiply<2>(x, router_, {logits, gate});
   tenfold::run(Router{logits, &gate, choices_, shared, normalize_, chosen, factors});
-  tenfold::run(ExpertLayer{x, out, experts_.experts(), experts_.format(), experts_.count(), experts_.width(),
-                           chosen, factors, places, 0, nullptr});
+  tenfold::run(ExpertLayer{x, residual.added(), experts_.experts(), experts_.format(), experts_.count(),
+                           experts_.width(), chosen, factors, places, 0, nullptr});
 }
 
 DenseBlock::DenseBlock(const NormWeight& norm, const PackedLinear& gate, const PackedLinear& up,
@@ -123,13 +157,13 @@ DenseBlock::DenseBlock(const NormWeight& norm, const PackedLinear& gate, const P
   require_writes(norm, output_, gate.rows());
 }
 
-void DenseBlock::run(const Stream& stream, const Rows& out) const {
+void DenseBlock::run(Residual& residual) const {
   const auto [x, gate, up, h] =
-      matrices<4>(stream.x.rows, {hidden(), inputs_[0].rows, inputs_[1].rows, output_.cols});
-  normalize(stream, norm_, x);
+      matrices<4>(residual.x().rows, {norm_.dim(), inputs_[0].rows, inputs_[1].rows, output_.cols});
+  residual.normalize(norm_, x);
   multiply<2>(x, inputs_, {gate, up});
   tenfold::run(SwiGlu{gate, up, h});
-  multiply<1>(h, {output_}, {out});
+  multiply<1>(h, {output_}, {residual.added()});
 }
 
 }  // namespace tenfold

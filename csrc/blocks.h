@@ -1,5 +1,5 @@
 // Half a layer in one call: a norm, the products before and after, and what lies between. In decoding each array that
-// crosses from Python costs microseconds, so few should.
+// crosses from Python costs microseconds, and more once weights have swept the caches: so none does but the first.
 //
 // A block keeps references to the weights that it is made of; whoever binds it keeps them alive.
 #pragma once
@@ -9,10 +9,26 @@
 
 namespace tenfold {
 
-// The residual stream x [T, D], fp32, to which delta, where there is one, is added before a block reads it.
-struct Stream {
-  Rows x;
-  const Rows* delta;
+// The residual stream x [T, D], fp32: an array's, or its own. What the last block adds to it stands beside it until the
+// next one's norm adds it on its way.
+class Residual {
+ public:
+  explicit Residual(Output x);
+  // Rows of weights that stand one below the other: embeddings of tokens.
+  Residual(const std::vector<const PackedLinear*>& weights, const std::vector<int64_t>& rows);
+
+  const Rows& x() const { return x_; }
+  void normalize(const NormWeight& norm, const Rows& out);  // of x, after adding to it what was to be added
+  const Rows& added();                                      // room for what a block adds
+  void settle();                                            // adds what was to be added
+
+ private:
+  void make_room();
+
+  Output array_;
+  Memory own_, memory_;
+  Rows x_ = {}, added_ = {};
+  bool pending_ = false;
 };
 
 class AttentionBlock {
@@ -20,8 +36,7 @@ class AttentionBlock {
   AttentionBlock(const NormWeight& norm, const PackedLinear& q, const PackedLinear& k, const PackedLinear& v,
                  const NormWeight& q_norm, const NormWeight& k_norm, const PackedLinear& output, bool gated);
 
-  int64_t hidden() const { return norm_.dim(); }
-  void run(const Stream& stream, const KeyValuePages& cache, const Batch& batch, const Rows& out) const;
+  void run(Residual& residual, const KeyValuePages& cache, const Batch& batch) const;
 
  private:
   const NormWeight &norm_, &q_norm_, &k_norm_;
@@ -35,8 +50,7 @@ class DeltaNetBlock {
   DeltaNetBlock(const NormWeight& norm, const PackedLinear& qkvz, const PackedLinear& ba,
                 const DeltaNetWeights& weights, const PackedLinear& output);
 
-  int64_t hidden() const { return norm_.dim(); }
-  void run(const Stream& stream, const RecurrentStates& states, const Batch& batch, const Rows& out) const;
+  void run(Residual& residual, const RecurrentStates& states, const Batch& batch) const;
 
  private:
   const NormWeight& norm_;
@@ -51,8 +65,7 @@ class SparseBlock {
   SparseBlock(const NormWeight& norm, const PackedLinear& router, const PackedLinear& shared_gate,
               const PackedExperts& experts, int64_t choices, bool normalize);
 
-  int64_t hidden() const { return norm_.dim(); }
-  void run(const Stream& stream, const Rows& out) const;
+  void run(Residual& residual) const;
 
  private:
   const NormWeight& norm_;
@@ -67,8 +80,7 @@ class DenseBlock {
   DenseBlock(const NormWeight& norm, const PackedLinear& gate, const PackedLinear& up,
              const PackedLinear& down);
 
-  int64_t hidden() const { return norm_.dim(); }
-  void run(const Stream& stream, const Rows& out) const;
+  void run(Residual& residual) const;
 
  private:
   const NormWeight& norm_;

@@ -57,21 +57,24 @@ void* page_data(const Output& array, std::initializer_list<int64_t> shape, const
 
 }  // namespace
 
+Rotation::Rotation(Input cos, Input sin) : cos_array_(std::move(cos)), sin_array_(std::move(sin)) {
+  require_dims(cos_array_, 2, "cos", "[positions, rotated / 2]");
+  cos_ = contiguous<float>(cos_array_, {positions(), half()}, "cos", "float32");
+  sin_ = contiguous<float>(sin_array_, {positions(), half()}, "sin", "float32");
+}
+
 Batch::Batch(std::vector<int64_t> bounds, std::optional<std::vector<int64_t>> slots,
              std::optional<std::vector<int64_t>> past, std::optional<std::vector<Input>> pages,
-             std::optional<Input> cos, std::optional<Input> sin,
-             std::optional<std::vector<std::vector<int64_t>>> saves)
+             const Rotation* rotation, std::optional<std::vector<std::vector<int64_t>>> saves)
     : bounds_(std::move(bounds)),
       slots_(std::move(slots).value_or(std::vector<int64_t>())),
-      past_(std::move(past).value_or(std::vector<int64_t>())),
-      cos_array_(std::move(cos)),
-      sin_array_(std::move(sin)) {
+      past_(std::move(past).value_or(std::vector<int64_t>())) {
   require(!bounds_.empty() && bounds_[0] == 0 && bounds_.back() < kMostTokens, "bounds must rise from 0");
   for (size_t i = 1; i < bounds_.size(); ++i)
     require(bounds_[i] > bounds_[i - 1], "bounds must rise strictly");
   take_pages(pages ? *pages : std::vector<Input>());
   take_saves(std::move(saves).value_or(std::vector<std::vector<int64_t>>(bounds_.size() - 1)));
-  take_rotation();
+  if (rotation) take_rotation(*rotation);
 }
 
 void Batch::take_pages(const std::vector<Input>& pages) {
@@ -100,13 +103,19 @@ void Batch::take_saves(std::vector<std::vector<int64_t>> saves) {
   }
 }
 
-void Batch::take_rotation() {
-  require(cos_array_.has_value() == sin_array_.has_value(), "cos and sin come together");
-  if (!cos_array_) return;
-  require_dims(*cos_array_, 2, "cos", "[tokens, rotated / 2]");
-  const auto half = static_cast<int64_t>(cos_array_->shape(1));
-  cos_ = contiguous<float>(*cos_array_, {tokens(), half}, "cos", "float32");
-  sin_ = contiguous<float>(*sin_array_, {tokens(), half}, "sin", "float32");
+void Batch::take_rotation(const Rotation& rotation) {
+  const int64_t half = rotation.half();
+  for (size_t n = 0; n < past_.size(); ++n) {
+    const int64_t end = past_[n] + bounds_[n + 1] - bounds_[n];
+    if (end > rotation.positions()) {
+      refuse("sequence %zu has %lld tokens, cos and sin %lld positions", n, number(end),
+             number(rotation.positions()));
+    }
+    const auto take = [&](const float* table, std::vector<float>& rows) {
+      rows.insert(rows.end(), table + past_[n] * half, table + end * half);
+    };
+    take(rotation.cos(), cos_), take(rotation.sin(), sin_);
+  }
   rotated_ = 2 * half;
 }
 

@@ -9,22 +9,36 @@
 
 namespace tenfold {
 
+// cos and sin [positions, rotated / 2], by the position of a token in its sequence.
+class Rotation {
+ public:
+  Rotation(Input cos, Input sin);
+
+  int64_t positions() const { return static_cast<int64_t>(cos_array_.shape(0)); }
+  int64_t half() const { return static_cast<int64_t>(cos_array_.shape(1)); }
+  const float* cos() const { return cos_; }
+  const float* sin() const { return sin_; }
+
+ private:
+  Input cos_array_, sin_array_;
+  const float *cos_, *sin_;
+};
+
 // The sequences of a step, for all its layers.
 class Batch {
  public:
   // `slots`: each sequence's recurrent state. `past` and `pages`: how many tokens it has in the cache, and
-  // the pages for those and the new ones. `cos` and `sin`: the rotation of each token. `saves`: where the
-  // states after each one's last tokens go besides.
+  // the pages for those and the new ones. `saves`: the slots where the states after each one's last tokens go
+  // besides.
   Batch(std::vector<int64_t> bounds, std::optional<std::vector<int64_t>> slots,
         std::optional<std::vector<int64_t>> past, std::optional<std::vector<Input>> pages,
-        std::optional<Input> cos, std::optional<Input> sin,
-        std::optional<std::vector<std::vector<int64_t>>> saves);
+        const Rotation* rotation, std::optional<std::vector<std::vector<int64_t>>> saves);
 
   int64_t count() const { return static_cast<int64_t>(bounds_.size()) - 1; }
   int64_t tokens() const { return bounds_.back(); }
   int64_t rotated() const { return rotated_; }
-  const float* cos() const { return cos_; }
-  const float* sin() const { return sin_; }
+  const float* cos() const { return cos_.data(); }  // of each token
+  const float* sin() const { return sin_.data(); }
   Sequences view() const;
 
   // Slots below `slots` for every sequence; none is used twice.
@@ -35,7 +49,7 @@ class Batch {
  private:
   void take_pages(const std::vector<Input>& pages);
   void take_saves(std::vector<std::vector<int64_t>> saves);
-  void take_rotation();
+  void take_rotation(const Rotation& rotation);
   void check_slots(int64_t slots) const;
   void check_pages(int64_t size, int64_t pages) const;
   int64_t pages_needed(size_t sequence, int64_t size) const;
@@ -45,8 +59,7 @@ class Batch {
   std::vector<const int32_t*> page_tables_;
   std::vector<std::vector<int64_t>> saves_;
   std::vector<const int64_t*> save_tables_;
-  std::optional<Input> cos_array_, sin_array_;
-  const float *cos_ = nullptr, *sin_ = nullptr;
+  std::vector<float> cos_, sin_;
   int64_t rotated_ = 0;
   mutable int64_t checked_size_ = 0, checked_pages_ = 0, checked_slots_ = 0;
 };

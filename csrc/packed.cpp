@@ -108,6 +108,20 @@ void PackedLinear::unpack_row(int64_t row, float* to) const {
       {weight, nullptr, const_cast<uint8_t*>(bytes_.data()), block_bytes(format_, cols_), format_}, row, to);
 }
 
+void take_rows(const std::vector<const PackedLinear*>& weights, const int64_t* rows, const Rows& out) {
+  require(out.dtype == DType::f32, "take_rows: out must be float32");
+  for (const PackedLinear* weight : weights) {
+    require(weight->cols() == out.cols, "take_rows: all weights must have as many columns as out");
+  }
+  for (int64_t i = 0; i < out.rows; ++i) {
+    int64_t row = rows[i];
+    size_t part = 0;
+    while (row >= 0 && part < weights.size() && row >= weights[part]->rows()) row -= weights[part++]->rows();
+    if (row < 0 || part == weights.size()) refuse("take_rows: no row %lld", static_cast<long long>(rows[i]));
+    weights[part]->unpack_row(row, static_cast<float*>(out.data) + i * out.stride);
+  }
+}
+
 PackedExperts::PackedExperts(std::string_view format, int64_t count, int64_t hidden, int64_t width)
     : format_(format_named(format)),
       count_(count),

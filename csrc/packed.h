@@ -56,6 +56,9 @@ class PackedLinear {
   PackedBytes bytes_;
 };
 
+// Row i of out, fp32, becomes row rows[i] of weights that stand one below the other.
+void take_rows(const std::vector<const PackedLinear*>& weights, const int64_t* rows, const Rows& out);
+
 // The experts of a layer, for `expert_layer`, one after another.
 class PackedExperts {
  public:

@@ -10,7 +10,7 @@
 namespace tenfold {
 namespace {
 
-constexpr int kSpins = 4000;  // some 50 us: longer than the gap between two kernels of a layer
+constexpr int kSpins = 16000;  // some 200 us: longer than what lies between two steps
 
 inline void relax() {
 #if defined(__x86_64__)

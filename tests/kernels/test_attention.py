@@ -79,9 +79,9 @@ class Pages:
 
 def run(pages: Pages, inputs: Sequence[Tensor], bounds: list[int], past: list[int], tables: list[list[int]]) -> Tensor:
     layer = pages.layer
-    lengths = [b - a for a, b in pairwise(bounds)]
-    positions = torch.cat([torch.arange(p, p + n) for p, n in zip(past, lengths, strict=True)])
-    batch = cpu.batch(bounds, past=past, pages=tables, rotation=layer.rotation(positions))
+    longest = max(p + b - a for p, (a, b) in zip(past, pairwise(bounds), strict=True))
+    rotation = cpu.rotation(*layer.rotation(torch.arange(longest)))
+    batch = cpu.batch(bounds, past=past, pages=tables, rotation=rotation)
     norms = [cpu.norm_weight(w, EPS, zero_centered=True) for w in layer.norms()]
     q, k, v = inputs
     return cpu.attention(q, k, v, norms[0], norms[1], pages.handle, batch, layer.gated)
@@ -232,8 +232,8 @@ def test_bad_arguments_are_refused() -> None:
     def call(batch: cpu.Batch, q: Tensor = q, k: Tensor = k, norm: cpu.NormWeight = norm) -> Tensor:
         return cpu.attention(q, k, v, norm, norm, pages.handle, batch, layer.gated)
 
-    def one(past: int = 0, table: Sequence[int] = (0, 1)) -> cpu.Batch:
-        return cpu.batch([0, 20], past=[past], pages=[list(table)])
+    def one(past: int = 0, table: Sequence[int] = (0, 1), rotation: cpu.Rotation | None = None) -> cpu.Batch:
+        return cpu.batch([0, 20], past=[past], pages=[list(table)], rotation=rotation)
 
     def two(tables: list[list[int]]) -> cpu.Batch:
         return cpu.batch([0, 10, 20], past=[16, 0], pages=tables)
@@ -255,12 +255,12 @@ def test_bad_arguments_are_refused() -> None:
         ("q must have", lambda: call(one(), q=q[:, :80])),
         ("head dim", lambda: call(one(), norm=short)),
         (
-            "cos must be contiguous float32",
-            lambda: cpu.batch([0, 20], rotation=layer.rotation(torch.arange(3))),
+            "20 tokens, cos and sin 3 positions",
+            lambda: one(rotation=cpu.rotation(*layer.rotation(torch.arange(3)))),
         ),
         (
             "turn more than",
-            lambda: call(cpu.batch([0, 20], rotation=(wide, wide), past=[0], pages=[[0, 1]])),
+            lambda: call(cpu.batch([0, 20], rotation=cpu.rotation(wide, wide), past=[0], pages=[[0, 1]])),
         ),
         ("16, 32 or 64 tokens, got 8", lambda: cpu.key_value_pages(keys[..., :8].contiguous(), values)),
         ("same dtype", lambda: cpu.key_value_pages(keys, values.half())),

@@ -26,8 +26,8 @@ def norm(dim: int = HIDDEN) -> cpu.NormWeight:
     return cpu.norm_weight(normal(dim, seed=1), 1e-6, zero_centered=True)
 
 
-def stream() -> tuple[Tensor, Tensor]:
-    return normal(TOKENS, HIDDEN, seed=2), normal(TOKENS, HIDDEN, seed=3)
+def stream() -> Tensor:
+    return normal(TOKENS, HIDDEN, seed=2)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -35,19 +35,19 @@ def test_attention_block(isa: str, gated: bool) -> None:
     q, k, v = packed(4 * 16 * (1 + gated)), packed(2 * 16), packed(2 * 16)
     output, q_norm, k_norm = packed(HIDDEN, 4 * 16), norm(16), norm(16)
     angles = torch.arange(TOKENS)[:, None] * torch.tensor([1.0, 0.1])
-    batch = cpu.batch([0, TOKENS], past=[0], pages=[[1, 0, 2]], rotation=(angles.cos(), angles.sin()))
-    x, delta = stream()
+    batch = cpu.batch([0, TOKENS], past=[0], pages=[[1, 0, 2]], rotation=cpu.rotation(angles.cos(), angles.sin()))
+    x = stream()
     pages = [cpu.empty_pages(3, 2, 16, 16, torch.float32) for _ in range(2)]
 
     block = cpu.attention_block(norm(), q, k, v, q_norm, k_norm, output, gated)
-    found = cpu.mix(block, x, delta, cpu.key_value_pages(*pages[0]), batch)
+    residual = cpu.residual(x)
+    cpu.mix(block, residual, cpu.key_value_pages(*pages[0]), batch)
+    residual.settle()
 
-    y, delta = stream()
-    normed = cpu.rms_norm(y, norm(), delta)
+    normed = cpu.rms_norm(stream(), norm())
     queries, keys, values = cpu.linear(normed, [q, k, v])
     mixed = cpu.attention(queries, keys, values, q_norm, k_norm, cpu.key_value_pages(*pages[1]), batch, gated)
-    assert torch.equal(found, cpu.linear(mixed, [output])[0])
-    assert torch.equal(x, y)
+    assert torch.equal(x, stream() + cpu.linear(mixed, [output])[0])
     assert all(torch.equal(*pair) for pair in zip(*pages, strict=True))
 
 
@@ -60,15 +60,16 @@ def test_delta_net_block(isa: str) -> None:
     qkvz, ba, output = packed(channels + heads * dim), packed(2 * heads, format="int8"), packed(HIDDEN, heads * dim)
     batch = cpu.batch([0, TOKENS], slots=[0])
     states = [(torch.zeros(1, channels, 3), torch.zeros(1, heads, dim, dim)) for _ in range(2)]
-    x, delta = stream()
+    x = stream()
 
     block = cpu.delta_net_block(norm(), qkvz, ba, weights, output)
-    found = cpu.mix(block, x, delta, cpu.recurrent_states(*states[0]), batch)
+    residual = cpu.residual(x)
+    cpu.mix(block, residual, cpu.recurrent_states(*states[0]), batch)
+    residual.settle()
 
-    y, delta = stream()
-    mixed_in, rates = cpu.linear(cpu.rms_norm(y, norm(), delta), [qkvz, ba])
+    mixed_in, rates = cpu.linear(cpu.rms_norm(stream(), norm()), [qkvz, ba])
     mixed = cpu.gated_delta_net(mixed_in, rates, weights, cpu.recurrent_states(*states[1]), batch)
-    assert torch.equal(found, cpu.linear(mixed, [output])[0])
+    assert torch.equal(x, stream() + cpu.linear(mixed, [output])[0])
     assert all(torch.equal(*pair) for pair in zip(*states, strict=True))
 
 
@@ -76,22 +77,29 @@ def test_delta_net_block(isa: str) -> None:
 def test_sparse_block(isa: str, shared: int) -> None:
     experts = cpu.pack_experts(normal(5 + shared, 64, HIDDEN), normal(5 + shared, HIDDEN, 32), "int8")
     router, gate = packed(5, format="bf16"), packed(1, format="bf16")
-    x, _ = stream()
-    found = cpu.feed_forward(cpu.sparse_block(norm(), router, gate, experts, 2, True), x, None)
-    normed = cpu.rms_norm(x, norm())
+    x = stream()
+    residual = cpu.residual(x)
+    cpu.feed_forward(cpu.sparse_block(norm(), router, gate, experts, 2, True), residual)
+    residual.settle()
+    normed = cpu.rms_norm(stream(), norm())
     logits, shared_gate = cpu.linear(normed, [router, gate])
     weights, chosen = cpu.route(logits, 2, True, shared_gate, shared)
     assert chosen[0, 2:].tolist() == list(range(5, 5 + shared))
-    assert torch.equal(found, cpu.expert_layer(normed, experts, chosen, weights))
+    assert torch.equal(x, stream() + cpu.expert_layer(normed, experts, chosen, weights))
 
 
-def test_dense_block(isa: str) -> None:
+def test_dense_blocks_one_after_another(isa: str) -> None:
     gate, up, down = packed(96), packed(96), packed(HIDDEN, 96)
-    x, delta = stream()
-    found = cpu.feed_forward(cpu.dense_block(norm(), gate, up, down), x, delta)
-    y, delta = stream()
-    h = cpu.swiglu(*cpu.linear(cpu.rms_norm(y, norm(), delta), [gate, up]))
-    assert torch.equal(found, cpu.linear(h, [down])[0])
+    block = cpu.dense_block(norm(), gate, up, down)
+    x, y = stream(), stream()
+    residual = cpu.residual(x)
+    for _ in range(2):
+        cpu.feed_forward(block, residual)
+        h = cpu.swiglu(*cpu.linear(cpu.rms_norm(y, norm()), [gate, up]))
+        y = y + cpu.linear(h, [down])[0]
+    residual.settle()
+    residual.settle()  # once is enough
+    assert torch.equal(x, y)
 
 
 def test_weights_that_do_not_fit_are_refused() -> None:
@@ -109,17 +117,17 @@ def test_weights_that_do_not_fit_are_refused() -> None:
 def test_arrays_that_do_not_fit_are_refused() -> None:
     block = cpu.dense_block(norm(), packed(96), packed(96), packed(HIDDEN, 96))
     with pytest.raises(ValueError, match=r"x must be float32 \[3, 64\], got shape \[3, 32\]"):
-        cpu.feed_forward(block, torch.zeros(3, 32), None)
-    with pytest.raises(ValueError, match=r"delta must be float32 \[3, 64\]"):
-        cpu.feed_forward(block, torch.zeros(3, 64), torch.zeros(2, 64))
+        cpu.feed_forward(block, cpu.residual(torch.zeros(3, 32)))
+    with pytest.raises(ValueError, match="x must be float32"):
+        cpu.residual(torch.zeros(3, 64, dtype=torch.bfloat16))
 
 
 def test_a_profile_counts_the_work() -> None:
     gate, up, down = packed(96), packed(96), packed(HIDDEN, 96)
     block = cpu.dense_block(norm(), gate, up, down)
     with cpu.profile() as uses:
-        cpu.feed_forward(block, stream()[0], None)
-    cpu.feed_forward(block, stream()[0], None)  # no longer counted
+        cpu.feed_forward(block, cpu.residual(stream()))
+    cpu.feed_forward(block, cpu.residual(stream()))  # no longer counted
     found = {use.kernel: use for use in uses}
     assert set(found) == {"norm", "linear int4", "swiglu"}
     products = found["linear int4"]

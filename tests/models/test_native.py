@@ -100,7 +100,7 @@ def pack(model: Model, format: str) -> NativeModel:
 
 
 def all_logits(model: NativeModel, tokens: Tensor) -> Tensor:
-    return model.logits(model.hidden_states(tokens, NativeCache(model.config, torch.float32)))
+    return model.logits(model.hidden_states(tokens.tolist(), NativeCache(model.config, torch.float32)))
 
 
 def memory_of(cache: NativeCache) -> Tensor:
@@ -158,8 +158,8 @@ def test_logits_are_those_of_torch_on_the_unpacked_weights(config: Config, forma
 def test_chunks_of_any_size_give_the_same_bits(config: Config, format: str, chunks: Sequence[int]) -> None:
     model = pack(new_model(config), format)
     whole, cut = model.new_cache(), model.new_cache()
-    expected = model.hidden_states(TOKENS, whole)
-    found = torch.cat([model.hidden_states(chunk, cut) for chunk in TOKENS.split(list(chunks))])
+    expected = model.hidden_states(TOKENS.tolist(), whole)
+    found = torch.cat([model.hidden_states(chunk.tolist(), cut) for chunk in TOKENS.split(list(chunks))])
     assert torch.equal(found, expected)
     assert cut.length == whole.length == 75
     assert torch.equal(memory_of(cut), memory_of(whole))
@@ -177,11 +177,11 @@ def test_a_long_prompt_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     model = pack(new_model(NEXT), "int8")
     prompt = TOKENS.repeat(8).tolist()
     whole, cut = model.new_cache(), model.new_cache()
-    expected = model.logits(model.hidden_states(torch.tensor(prompt), whole))[-1]
+    expected = model.logits(model.hidden_states(prompt, whole))[-1]
     monkeypatch.setattr("tenfold.models.native.PREFILL_TOKENS", 99)
     assert torch.equal(model.next_logits(prompt, cut), expected)
     assert cut.length == 600 > 2 * PAGE * 8  # room was made more than once
-    assert torch.equal(model.next_logits([5], cut), model.logits(model.hidden_states(torch.tensor([5]), whole))[0])
+    assert torch.equal(model.next_logits([5], cut), model.logits(model.hidden_states([5], whole))[0])
 
 
 @pytest.mark.parametrize("format", cpu.FORMATS)

@@ -93,7 +93,7 @@ def random_tokens(count: int, seed: int = 1) -> list[int]:
 
 
 def alone(model: NativeModel, tokens: Sequence[int]) -> Tensor:
-    return model.hidden_states(torch.tensor(tokens), model.new_cache())
+    return model.hidden_states(tokens, model.new_cache())
 
 
 def satisfies(model: EngineModel) -> EngineModel:

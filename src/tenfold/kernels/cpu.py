@@ -34,6 +34,8 @@ if TYPE_CHECKING:
         PackedExperts,
         PackedLinear,
         RecurrentStates,
+        Residual,
+        Rotation,
         SparseBlock,
     )
 
@@ -174,9 +176,8 @@ def linear(x: Tensor, weights: Sequence[PackedLinear], dtype: torch.dtype = torc
 
 def linear_stacked(x: Tensor, weights: Sequence[PackedLinear]) -> Tensor:
     """As `linear`, for weights that stand one below the other, and fp32 `[T, N of all]`."""
-    rows = [weight.shape[0] for weight in weights]
-    out = torch.empty(x.shape[0], sum(rows))
-    _native().linear(x.detach(), list(weights), list(out.split(rows, 1)))
+    out = torch.empty(x.shape[0], sum(weight.shape[0] for weight in weights))
+    _native().linear_stacked(x.detach(), weights, out)
     return out
 
 
@@ -230,24 +231,28 @@ def expert_layer(
     return out
 
 
+def rotation(cos: Tensor, sin: Tensor) -> Rotation:
+    """The rotation of tokens by their position: fp32 `[positions, R / 2]`, not copied."""
+    return _native().Rotation(cos, sin)
+
+
 def batch(
     bounds: Sequence[int],
     slots: Sequence[int] | None = None,
     past: Sequence[int] | None = None,
     pages: Sequence[Sequence[int]] | None = None,
-    rotation: tuple[Tensor, Tensor] | None = None,
+    rotation: Rotation | None = None,
     saves: Sequence[Sequence[int]] | None = None,
 ) -> Batch:
     """The sequences of a step, for all its layers: sequence n has the tokens `bounds[n] .. bounds[n + 1] - 1`.
 
     slots: where each one's recurrent state lies. past and pages: how many earlier tokens each one has in the
     cache, and the numbers of the pages that hold those and will hold the new ones, in order, best as arrays of
-    int32. Sequences may share pages that they only read. rotation: cos and sin, fp32 `[T, R / 2]`. saves: where
+    int32. Sequences may share pages that they only read. rotation: of all positions up to these. saves: where
     the states after each one's last tokens are written as well, one slot a token; the last may be its own slot.
     """
-    cos, sin = rotation or (None, None)
     tables = None if pages is None else [np.asarray(table, np.int32) for table in pages]
-    return _native().Batch(bounds, slots, past, tables, cos, sin, saves)
+    return _native().Batch(bounds, slots, past, tables, rotation, saves)
 
 
 def delta_net_weights(
@@ -410,27 +415,36 @@ def dense_block(norm: NormWeight, gate: PackedLinear, up: PackedLinear, down: Pa
     return _native().DenseBlock(norm, gate, up, down)
 
 
-def mix(
-    block: AttentionBlock | DeltaNetBlock,
-    x: Tensor,
-    delta: Tensor | None,
-    memory: KeyValuePages | RecurrentStates,
-    batch: Batch,
-) -> Tensor:
-    """A mixer's `[T, D]` for the residual stream x, fp32 `[T, D]`, to which delta is added first, in place.
-
-    memory: pages for attention, states for Gated DeltaNet.
+def residual(x: Tensor) -> Residual:
+    """The residual stream, fp32 `[T, D]`, for `mix` and `feed_forward`, which add to x in place, though not at once:
+    what the last block adds stands beside it until the next one, or until `settle()`.
     """
-    out = torch.empty(x.shape)
-    block(x, delta, memory, batch, out)  # type: ignore[arg-type]
+    _require_no_grad(x)
+    return _native().Residual(x)
+
+
+def embed(weights: Sequence[PackedLinear], tokens: Sequence[int]) -> Residual:
+    """A residual stream that begins with rows of weights that stand one below the other."""
+    return _native().Residual(weights, tokens)
+
+
+def normalized(residual: Residual, norm: NormWeight) -> Tensor:
+    """RMSNorm `[T, D]` of the residual stream, which is settled by it."""
+    out = torch.empty(residual.shape)
+    residual.normalize(norm, out)
     return out
 
 
-def feed_forward(block: SparseBlock | DenseBlock, x: Tensor, delta: Tensor | None) -> Tensor:
-    """A feed-forward's `[T, D]`; x and delta as in `mix`."""
-    out = torch.empty(x.shape)
-    block(x, delta, out)
-    return out
+def mix(
+    block: AttentionBlock | DeltaNetBlock, residual: Residual, memory: KeyValuePages | RecurrentStates, batch: Batch
+) -> None:
+    """Adds a mixer's part to the residual stream. memory: pages for attention, states for Gated DeltaNet."""
+    block(residual, memory, batch)  # type: ignore[arg-type]
+
+
+def feed_forward(block: SparseBlock | DenseBlock, residual: Residual) -> None:
+    """Adds a feed-forward's part to the residual stream."""
+    block(residual)
 
 
 class Use(NamedTuple):

@@ -165,12 +165,17 @@ def _compare(p: Tensor, q: Tensor, following: Tensor) -> Tensor:
 
 def _packed_layer(layer: DecoderLayer, one: Config, rotation: Rotation, x: Tensor) -> Tensor:
     """A layer's output `[N, T, D]`, sequence by sequence; `one` is a configuration with this layer alone."""
-    return torch.stack([_packed_sequence(layer, NativeCache(one), rotation(x.shape[1]), row.clone()) for row in x])
+    return torch.stack(
+        [_packed_sequence(layer, NativeCache(one), cpu.rotation(*rotation(x.shape[1])), row.clone()) for row in x]
+    )
 
 
-def _packed_sequence(layer: DecoderLayer, cache: NativeCache, rotation: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+def _packed_sequence(layer: DecoderLayer, cache: NativeCache, rotation: cpu.Rotation, x: Tensor) -> Tensor:
     batch = cache.next_batch(len(x), rotation)
-    return layer(x, None, cache.pool.layers[0], batch) + x  # to which the layer has added the mixer's part
+    residual = cpu.residual(x)
+    layer(residual, cache.pool.layers[0], batch)
+    residual.settle()
+    return x
 
 
 def _one_layer(config: Config, kind: str) -> Config:

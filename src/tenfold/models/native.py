@@ -51,12 +51,10 @@ class DecoderLayer:
         self._mixer = mixer(config, packed)
         self._feed_forward = feed_forward(config, packed)
 
-    def __call__(
-        self, x: Tensor, delta: Tensor | None, memory: KeyValueMemory | RecurrentMemory, batch: cpu.Batch
-    ) -> Tensor:
-        """What is to be added to the residual stream x `[T, D]`, after delta, which is added to x itself."""
-        mixed = cpu.mix(self._mixer, x, delta, memory.handle, batch)
-        return cpu.feed_forward(self._feed_forward, x, mixed)
+    def __call__(self, residual: cpu.Residual, memory: KeyValueMemory | RecurrentMemory, batch: cpu.Batch) -> None:
+        """Adds what it computes to the residual stream."""
+        cpu.mix(self._mixer, residual, memory.handle, batch)
+        cpu.feed_forward(self._feed_forward, residual)
 
     def bytes_per_token(self) -> int:
         """Bytes of weights that one token reads: of the experts, the chosen and the shared ones."""
@@ -119,7 +117,9 @@ class MultiTokenPrediction:
         """All `[T, D]`."""
         both = cpu.rms_norm(embedding, self.embedding_norm), cpu.rms_norm(hidden, self.hidden_norm)
         x = cpu.linear(torch.cat(both, 1), self.input)[0]
-        return cpu.rms_norm(x, self.norm, self.layer(x, None, memory, batch))
+        residual = cpu.residual(x)
+        self.layer(residual, memory, batch)
+        return cpu.normalized(residual, self.norm)
 
     def nbytes(self) -> int:
         """Bytes of packed weights."""
@@ -193,23 +193,22 @@ class NativeModel:
     def next_logits(self, tokens: Sequence[int], cache: NativeCache) -> Tensor:
         """Logits fp32 `[vocab]` after tokens that follow those in the cache, which is advanced."""
         hidden = torch.empty(0)
-        for chunk in torch.tensor(tokens).split(PREFILL_TOKENS):
-            hidden = self.hidden_states(chunk, cache)
+        for first in range(0, len(tokens), PREFILL_TOKENS):
+            hidden = self.hidden_states(tokens[first : first + PREFILL_TOKENS], cache)
         return self.logits(hidden[-1:])[0]
 
-    def hidden_states(self, input_ids: Tensor, cache: NativeCache) -> Tensor:
-        """What the head reads, fp32 `[T, D]`, for int64 `[T]` tokens that follow those in the cache."""
-        end = cache.length + len(input_ids)
-        batch = cache.next_batch(len(input_ids), self._rotary(torch.arange(cache.length, end), end))
-        hidden = self._body(input_ids, cache.pool, batch)
+    def hidden_states(self, tokens: Sequence[int], cache: NativeCache) -> Tensor:
+        """What the head reads, fp32 `[T, D]`, for tokens that follow those in the cache."""
+        end = cache.length + len(tokens)
+        hidden = self._body(tokens, cache.pool, cache.next_batch(len(tokens), self._rotary.up_to(end)))
         cache.length = end
         return hidden
 
-    def _body(self, input_ids: Tensor, pool: Pool, batch: cpu.Batch) -> Tensor:
-        x, delta = cpu.take_rows(self.embedding, input_ids), None
+    def _body(self, tokens: Sequence[int], pool: Pool, batch: cpu.Batch) -> Tensor:
+        residual = cpu.embed(self.embedding, tokens)
         for layer, memory in zip(self.layers, pool.layers, strict=False):  # drafting has a memory of its own
-            delta = layer(x, delta, memory, batch)
-        return cpu.rms_norm(x, self.norm, delta)
+            layer(residual, memory, batch)
+        return cpu.normalized(residual, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 `[T, vocab]` of hidden states `[T, D]`."""
@@ -232,19 +231,17 @@ class NativeModel:
         `past` counts from the second token of the sequence, as do the positions.
         """
         assert self.mtp is not None, "the configuration has no MTP module"
-        embedding = cpu.take_rows(self.embedding, tokens_of(spans))
+        embedding = cpu.take_rows(self.embedding, torch.tensor(tokens_of(spans)))
         return self.mtp(embedding, hidden, self._pool.layers[-1], self._batch(spans))
 
     def _batch(self, spans: Sequence[Span]) -> cpu.Batch:
         ends = [span.past + len(span.tokens) for span in spans]
-        ranges = (range(span.past, end) for span, end in zip(spans, ends, strict=True))
-        positions = torch.tensor(list(chain.from_iterable(ranges)))
         return cpu.batch(
             list(accumulate((len(span.tokens) for span in spans), initial=0)),
             slots=[span.slot for span in spans],
             past=[span.past for span in spans],
             pages=[span.pages for span in spans],
-            rotation=self._rotary(positions, max(ends)),
+            rotation=self._rotary.up_to(max(ends)),
             saves=[span.saves for span in spans],
         )
 
@@ -288,9 +285,9 @@ class NativeModel:
         return head + sum(layer.bytes_per_token() for layer in self.layers)
 
 
-def tokens_of(spans: Sequence[Span]) -> Tensor:
-    """int64 `[T]`, span after span."""
-    return torch.tensor(list(chain.from_iterable(span.tokens for span in spans)))
+def tokens_of(spans: Sequence[Span]) -> list[int]:
+    """Span after span."""
+    return list(chain.from_iterable(span.tokens for span in spans))
 
 
 def norm_weight(config: Config, weight: Tensor) -> cpu.NormWeight:

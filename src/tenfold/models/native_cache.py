@@ -119,8 +119,8 @@ class NativeCache:
         self.pool = Pool(config, dtype, drafts=False)
         self._grow(FIRST_PAGES)
 
-    def next_batch(self, tokens: int, rotation: tuple[Tensor, Tensor]) -> cpu.Batch:
-        """Makes room for the next tokens, whose cos and sin these are `[T, R/2]`, and describes them to the kernels."""
+    def next_batch(self, tokens: int, rotation: cpu.Rotation) -> cpu.Batch:
+        """Makes room for the next tokens, and describes them to the kernels."""
         pages = -(-(self.length + tokens) // PAGE)
         if pages > self.pool.pages.count:
             self._grow(max(pages, 2 * self.pool.pages.count))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tenfold.kernels import cpu
 from tenfold.ops.rotary import rotary_table
 
 FIRST_POSITIONS = 4096
@@ -32,20 +33,22 @@ def inverse_frequencies(theta: float, dim: int, scaling: Mapping[str, object] | 
 
 
 class RotaryTable:
-    """cos and sin `[.., dim / 2]` by position, kept up to the longest one asked for, and doubled beyond."""
+    """The rotation of all positions up to the longest one asked for, doubled beyond."""
 
     def __init__(self, frequencies: Tensor, factor: float) -> None:
         self._frequencies, self._factor = frequencies, factor
-        self._positions = 0
-        self._tables = torch.empty(0), torch.empty(0)
+        self._grow(FIRST_POSITIONS)
 
-    def __call__(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """Those of int64 `[T]` positions, which lie below `end`."""
+    def _grow(self, positions: int) -> None:
+        self._positions = positions
+        cos, sin = rotary_table(torch.arange(positions), self._frequencies, self._factor)
+        self._rotation = cpu.rotation(cos.contiguous(), sin.contiguous())
+
+    def up_to(self, end: int) -> cpu.Rotation:
+        """That of positions below `end`, at least."""
         if end > self._positions:
-            self._positions = max(FIRST_POSITIONS, 2 * end)
-            self._tables = rotary_table(torch.arange(self._positions), self._frequencies, self._factor)
-        cos, sin = self._tables
-        return cos[positions], sin[positions]
+            self._grow(2 * end)
+        return self._rotation
 
 
 def _yarn(frequencies: Tensor, theta: float, dim: int, scaling: Mapping[str, object]) -> tuple[Tensor, float]:
