@@ -91,7 +91,8 @@ def resume(path: Path | None, about: dict[str, object]) -> Record:
         return Record(about=about)
     values = json.loads(path.read_text(encoding="utf-8"))
     if values["about"] != about:
-        raise ValueError(f"{path} holds another run ({values['about']}): name another file")
+        other = ", ".join(key for key in about if values["about"].get(key) != about[key])
+        raise ValueError(f"{path} holds another run, of which this differs: {other}; name another file")
     return Record(about=about, turns=[Turn(**turn) for turn in values["turns"]])
 
 
