@@ -105,7 +105,7 @@ def make_arm(name: str, config: Config, layers: int, options: Options) -> Arm:
     cache = model.new_cache()
     cache.length = longest - 1
     model.hidden_states(tokens[:1], cache)  # makes room
-    for held in cache.tensors():
+    for held in (*cache.pool.pages.arrays, *cache.pool.states.arrays):
         held.normal_(0.0, CONTENT)
     return Arm(name=name, config=config, model=model, cache=cache, tokens=tokens)
 
