@@ -247,6 +247,7 @@ def best_by_round(turns: Sequence[Turn], peer: str, length: str | None) -> dict[
 
 def run(options: Options) -> None:
     """Files, gate, rounds, report."""
+    cpu.require()
     engines = list(find_engines(options.peers, options.llama_cpp, options.ik_llama, options.vllm))
     found = {engine.peer for engine in engines}
     say(f"engines: {', '.join(sorted(found))}; not here: {', '.join(set(options.peers) - found) or 'none'}")

@@ -232,6 +232,8 @@ def rows(ours: Measured, theirs: Measured, options: Options) -> Iterator[tuple[s
 def main(options: Options) -> None:
     if any(context % options.chunk for context in options.contexts) or options.depths < 2:
         sys.exit("contexts have to be whole chunks, and depths 2 or more")
+    if not cpu.available():
+        sys.exit("the native kernels are not available: install Tenfold again where there is a C++20 compiler")
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
     cpu.set_threads(options.threads)
