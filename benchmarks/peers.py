@@ -91,7 +91,8 @@ def resume(path: Path | None, about: dict[str, object]) -> Record:
         return Record(about=about)
     values = json.loads(path.read_text(encoding="utf-8"))
     if values["about"] != about:
-        raise ValueError(f"{path} holds another run ({values['about']}): name another file")
+        other = ", ".join(key for key in about if values["about"].get(key) != about[key])
+        raise ValueError(f"{path} holds another run, of which this differs: {other}; name another file")
     return Record(about=about, turns=[Turn(**turn) for turn in values["turns"]])
 
 
@@ -246,6 +247,7 @@ def best_by_round(turns: Sequence[Turn], peer: str, length: str | None) -> dict[
 
 def run(options: Options) -> None:
     """Files, gate, rounds, report."""
+    cpu.require()
     engines = list(find_engines(options.peers, options.llama_cpp, options.ik_llama, options.vllm))
     found = {engine.peer for engine in engines}
     say(f"engines: {', '.join(sorted(found))}; not here: {', '.join(set(options.peers) - found) or 'none'}")

@@ -52,7 +52,8 @@ CLAIMS = {
 }
 PERIOD = 4  # layers of Qwen3-Next: three Gated DeltaNet, one of attention
 CONTENT = 0.02  # standard deviation of what fills a cache
-TOKENS = 1 << 15
+TOKENS = 1 << 15  # random ones
+VOCABULARY_REPEATS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ def make_arm(name: str, config: Config, layers: int, options: Options) -> Arm:
     cache = model.new_cache()
     cache.length = longest - 1
     model.hidden_states(tokens[:1].tolist(), cache)  # makes room
-    for held in cache.tensors():
+    for held in (*cache.pool.pages.arrays, *cache.pool.states.arrays):
         held.normal_(0.0, CONTENT)
     return Arm(name=name, config=config, model=model, cache=cache, tokens=tokens)
 
@@ -121,12 +122,13 @@ def packed_owners(config: Config, format: str) -> Iterator[tuple[str, Packed]]:
 
 
 def random_parameters(config: Config) -> Iterator[tuple[str, Tensor]]:
-    """In bf16; of experts, which are stacked, the first."""
+    """In bf16. Of experts, which are stacked, the first; a vocabulary repeats, which saves time and memory."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in build_on_meta(config).named_parameters():
-        shape = (1, *parameter.shape[1:]) if ".experts." in name else parameter.shape
-        weight = init_tensor(name, shape, generator)
-        yield name, weight.bfloat16() if weight.ndim > 1 else weight
+        first, *rest = parameter.shape
+        repeats = VOCABULARY_REPEATS if first == config.vocab_size else 1
+        weight = init_tensor(name, (1 if ".experts." in name else first // repeats, *rest), generator)
+        yield name, weight.bfloat16().repeat(repeats, 1) if repeats > 1 else weight.bfloat16() if rest else weight
 
 
 def repeated(experts: PackedExperts, count: int, format: str) -> PackedExperts:
@@ -230,6 +232,8 @@ def rows(ours: Measured, theirs: Measured, options: Options) -> Iterator[tuple[s
 def main(options: Options) -> None:
     if any(context % options.chunk for context in options.contexts) or options.depths < 2:
         sys.exit("contexts have to be whole chunks, and depths 2 or more")
+    if not cpu.available():
+        sys.exit("the native kernels are not available: install Tenfold again where there is a C++20 compiler")
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
     cpu.set_threads(options.threads)

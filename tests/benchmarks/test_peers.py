@@ -76,7 +76,7 @@ def test_a_run_goes_on_after_the_last_whole_round(tmp_path: Path) -> None:
     assert record.turns == [TURN, replace(TURN, round=1)]
     assert missing_rounds(record.turns, "int4", engines, 3) == [2]
     assert missing_rounds(record.turns, "int8", engines, 3) == [0, 1, 2]
-    with pytest.raises(ValueError, match="holds another run"):
+    with pytest.raises(ValueError, match="holds another run, of which this differs: machine; name"):
         resume(path, {**about, "machine": "another one"})
 
 
