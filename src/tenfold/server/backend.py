@@ -1,0 +1,38 @@
+"""What the service needs of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from tenfold.engine.request import Request, Update
+
+
+class QueueFull(Exception):
+    """The engine takes no more requests for now."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(f"the queue is full; try again in {retry_after:.0f} s")
+        self.retry_after = retry_after  # seconds
+
+
+class Stats(Protocol):
+    """The engine at this moment."""
+
+    running: int  # requests with memory of their own
+    waiting: int
+    memory_used: int  # bytes of pages and slots, those of the prefix cache included
+    memory_total: int
+
+
+class Engine(Protocol):
+    """Turns requests into tokens."""
+
+    async def submit(self, request: Request) -> AsyncGenerator[Update, None]:
+        """The updates of a request, to its last; closing it cancels the request.
+
+        Raises QueueFull, and ValueError for a request that could never be answered.
+        """
+        ...
+
+    def stats(self) -> Stats: ...

@@ -1,0 +1,65 @@
+"""The process of the service: from a model to a socket, and to a good end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from tenfold.server.app import create_app
+from tenfold.server.backend import Engine
+from tenfold.server.settings import Settings
+from tenfold.server.wire import protocol
+from tenfold.tokenizer import Tokenizer
+
+CLOSING_SECONDS = 5.0  # for answers to tell that they were cut off
+
+
+def serve(engine: Engine, tokenizer: Tokenizer, settings: Settings, host: str, port: int) -> None:
+    """Answers until SIGTERM or SIGINT; then takes no more, and lets those on their way end.
+
+    Raises ValueError where the address can't be had."""
+    server = make_server(create_app(engine, tokenizer, settings), settings, host, port)
+    server.run()
+    if not server.started:
+        raise ValueError(f"cannot listen on {host}:{port}: is another service there? --port chooses another")
+
+
+def make_server(app: FastAPI, settings: Settings, host: str, port: int) -> DrainingServer:
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=protocol(settings),
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        h11_max_incomplete_event_size=settings.max_header_kb * 1024,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=int(settings.drain_seconds + CLOSING_SECONDS) + 1,
+    )
+    return DrainingServer(config, app, settings.drain_seconds)
+
+
+class DrainingServer(uvicorn.Server):
+    """Ends with what it has begun, and then with exit code 0."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._service, self._drain_seconds = app.state.service, drain_seconds
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A second SIGINT ends it at once. The signals are not raised again afterwards: this is a good end."""
+        self._service.draining = True
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list | None = None) -> None:
+        cut = asyncio.get_running_loop().call_later(self._drain_seconds, self._service.stop_all)
+        await super().shutdown(sockets)
+        cut.cancel()
