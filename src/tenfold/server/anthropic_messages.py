@@ -12,13 +12,13 @@ from pydantic import Field
 from tenfold.engine.request import Usage
 from tenfold.server.chat import Conversation
 from tenfold.server.errors import invalid
-from tenfold.server.keys import Caller
+from tenfold.server.generation import Generation, Step
 from tenfold.server.openai_chat import ToolName
 from tenfold.server.parts import Block, BlockEvent, Blocks
 from tenfold.server.sampling import Fields, SamplingFields, Stop
-from tenfold.server.service import Generation, Service, Step
+from tenfold.server.service import ANY_TOOL, ChatJob, Service
 from tenfold.server.stream import event
-from tenfold.server.structures import answer_structure, json_schema
+from tenfold.server.structures import json_schema
 
 SIGNATURE = "unsigned"  # reasoning comes back as it was given; there is nothing to verify
 
@@ -100,20 +100,21 @@ class MessagesRequest(CountRequest):
     stop_sequences: Annotated[list[Stop], Field(max_length=16)] | None = None
     output_config: OutputConfig | None = None
 
-    def sampling_fields(self) -> SamplingFields:
-        return SamplingFields(
-            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, stop=self.stop_sequences
+    def job(self) -> ChatJob:
+        """Raises ApiError."""
+        choice = self.tool_choice or ToolChoice(type="auto")
+        form = self.output_config.format if self.output_config else None
+        return ChatJob(
+            model=self.model,
+            conversation=self.conversation(),
+            fields=SamplingFields(
+                temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, stop=self.stop_sequences
+            ),
+            max_tokens=self.max_tokens,
+            tool={"any": ANY_TOOL, "tool": choice.name or ""}.get(choice.type),
+            parallel=not choice.disable_parallel_tool_use and choice.type != "tool",
+            form=None if form is None else json_schema(form.schema_),
         )
-
-    def forced_tools(self, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Those of which one must be called."""
-        wanted = self.tool_choice
-        if wanted is None or wanted.type in ("auto", "none"):
-            return []
-        found = [t for t in tools if wanted.type == "any" or t["function"]["name"] == wanted.name]
-        if not found:
-            raise invalid(f"tool_choice: there is no tool {wanted.name or 'at all'!r} among the tools")
-        return found
 
 
 def _plain(message: AnthropicMessage) -> Iterator[dict[str, Any]]:
@@ -149,30 +150,6 @@ def _text(content: str | list[ContentBlock] | None) -> str:
 async def count_tokens(service: Service, request: CountRequest) -> dict[str, int]:
     service.check_model(request.model)
     return {"input_tokens": len(await service.encode(service.chat.prompt(request.conversation())))}
-
-
-async def start_message(service: Service, request: MessagesRequest, caller: Caller | None) -> Generation:
-    """From a request to an answer on its way. Raises ApiError."""
-    service.check_model(request.model)
-    conversation = request.conversation()
-    tools = list(conversation.tools)
-    forced = request.forced_tools(tools)  # type: ignore[arg-type]
-    prompt = service.chat.prompt(conversation)
-    ids = await service.encode(prompt)
-    output = request.output_config.format if request.output_config else None
-    form = None if output is None or forced else json_schema(output.schema_)
-    choice = request.tool_choice
-    structure = answer_structure(
-        form,
-        forced or (tools if form else []),
-        service.chat.tools or "hermes",
-        parallel=not (choice and (choice.disable_parallel_tool_use or choice.type == "tool")),
-        reasoning=service.chat.reader(prompt, tools).reasoning,
-    )
-    params = request.sampling_fields().sampling(
-        service.settings, max_tokens=service.max_tokens(request.max_tokens, ids), structure=structure
-    )
-    return await service.start_choices(ids, prompt, tools, params, 1, caller)
 
 
 # ---- answers -----------------------------------------------------------------------------------------------

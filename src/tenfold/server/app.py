@@ -18,15 +18,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from tenfold import __version__
-from tenfold.server.anthropic_messages import CountRequest, MessageAnswer, MessagesRequest, count_tokens, start_message
+from tenfold.server.anthropic_messages import CountRequest, MessageAnswer, MessagesRequest, count_tokens
 from tenfold.server.backend import Engine
 from tenfold.server.errors import ApiError, error_body, error_response, field_error, invalid
 from tenfold.server.gate import Gate
 from tenfold.server.keys import Callers
 from tenfold.server.metrics import Metrics
-from tenfold.server.openai_chat import ChatAnswers, ChatMessage, ChatRequest, Tool, start_chat
+from tenfold.server.openai_chat import ChatAnswers, ChatMessage, ChatRequest, Tool
 from tenfold.server.openai_completions import CompletionRequest, Completions, start_completion
-from tenfold.server.openai_responses import ResponseAnswer, ResponsesRequest, start_response
+from tenfold.server.openai_responses import ResponseAnswer, ResponsesRequest
 from tenfold.server.sampling import Fields
 from tenfold.server.service import Service
 from tenfold.server.settings import Settings
@@ -109,7 +109,7 @@ def _service(request: Request) -> Service:
 
 @router.post("/v1/chat/completions", response_model=None)
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
-    generation = await start_chat(_service(request), body, caller_of(request))
+    generation = await _service(request).start_chat(body.job(), caller_of(request))
     answers = ChatAnswers(_service(request), body, generation)
     if body.stream:
         return EventStream(answers.events(), generation, openai_failure)
@@ -127,7 +127,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
 
 @router.post("/v1/responses", response_model=None)
 async def responses(body: ResponsesRequest, request: Request) -> Response:
-    generation = await start_response(_service(request), body, caller_of(request))
+    generation = await _service(request).start_chat(body.job(), caller_of(request))
     answer = ResponseAnswer(body, generation)
     if body.stream:
         return EventStream(answer.events(), generation, answer.failure)
@@ -166,7 +166,7 @@ def _model(request: Request, name: str) -> dict[str, Any]:
 
 @router.post("/v1/messages", response_model=None)
 async def messages(body: MessagesRequest, request: Request) -> Response:
-    generation = await start_message(_service(request), body, caller_of(request))
+    generation = await _service(request).start_chat(body.job(), caller_of(request))
     answer = MessageAnswer(body, generation)
     if body.stream:
         return EventStream(answer.events(), generation, lambda error: event(error_body(error, True), "error"))

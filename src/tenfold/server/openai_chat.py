@@ -14,12 +14,12 @@ from tenfold.engine.request import TokenLogprob, Usage
 from tenfold.engine.structure import Structure
 from tenfold.server.chat import Conversation
 from tenfold.server.errors import invalid
-from tenfold.server.keys import Caller
+from tenfold.server.generation import Generation, Step
 from tenfold.server.parts import Block, Blocks, CallArguments, CallStart, Reasoning, Text
 from tenfold.server.sampling import Fields, SamplingFields
-from tenfold.server.service import Generation, Service, Step
+from tenfold.server.service import ANY_TOOL, ChatJob, Service
 from tenfold.server.stream import HEARTBEAT, event
-from tenfold.server.structures import answer_structure, choice, grammar, json_object, json_schema, regex
+from tenfold.server.structures import choice, grammar, json_object, json_schema, regex
 from tenfold.tokenizer import Tokenizer
 
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
@@ -139,29 +139,28 @@ class ChatRequest(SamplingFields):
             raise ValueError("names of template variables are small letters and _")
         return options
 
-    def template_tools(self) -> list[dict[str, Any]]:
-        """Those that the model is told of."""
-        return [] if self.tool_choice == "none" else [tool.plain() for tool in self.tools or ()]
-
     def conversation(self) -> Conversation:
         return Conversation(
             messages=[message.plain() for message in self.messages],
-            tools=self.template_tools(),
+            tools=[] if self.tool_choice == "none" else [tool.plain() for tool in self.tools or ()],
             options=self.chat_template_kwargs or {},
         )
 
-    def forced_tools(self) -> list[dict[str, Any]]:
-        """Those of which one must be called."""
-        tools = self.template_tools()
-        if isinstance(self.tool_choice, NamedTool):
-            name = self.tool_choice.function.name
-            tools = [tool for tool in tools if tool["function"]["name"] == name]
-            if not tools:
-                raise invalid(f"tool_choice: there is no tool {name!r} among the tools", param="tool_choice")
-            return tools
-        if self.tool_choice == "required" and not tools:
-            raise invalid("tool_choice: a call is required, but there are no tools", param="tool_choice")
-        return tools if self.tool_choice == "required" else []
+    def job(self) -> ChatJob:
+        """Raises ApiError."""
+        choice = self.tool_choice
+        named = choice.function.name if isinstance(choice, NamedTool) else None
+        return ChatJob(
+            model=self.model,
+            conversation=self.conversation(),
+            fields=self,
+            max_tokens=self.max_completion_tokens or self.max_tokens,
+            tool=ANY_TOOL if choice == "required" else named,
+            parallel=self.parallel_tool_calls is not False and named is None,
+            form=self.form(),
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            choices=self.n or 1,
+        )
 
     def form(self) -> Structure | None:
         """Of the answer, where it is no call. Raises ApiError for more than one."""
@@ -180,31 +179,6 @@ def guided(fields: SamplingFields) -> list[Structure | None]:
         None if fields.guided_choice is None else choice(fields.guided_choice),
         None if fields.guided_grammar is None else grammar(fields.guided_grammar),
     ]
-
-
-async def start_chat(service: Service, request: ChatRequest, caller: Caller | None) -> Generation:
-    """From a request to answers on their way. Raises ApiError."""
-    service.check_model(request.model)
-    forced, form, conversation = request.forced_tools(), request.form(), request.conversation()
-    prompt = service.chat.prompt(conversation)
-    ids = await service.encode(prompt)
-    reader = service.chat.reader(prompt, conversation.tools)
-    calls = forced or (conversation.tools if form else ())
-    structure = answer_structure(
-        None if forced else form,
-        calls,
-        service.chat.tools or "hermes",
-        parallel=request.parallel_tool_calls is not False and not isinstance(request.tool_choice, NamedTool),
-        reasoning=reader.reasoning,
-    )
-    asked = request.max_completion_tokens or request.max_tokens
-    params = request.sampling(
-        service.settings,
-        max_tokens=service.max_tokens(asked, ids),
-        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        structure=structure,
-    )
-    return await service.start_choices(ids, prompt, conversation.tools, params, request.n or 1, caller)
 
 
 # ---- answers -----------------------------------------------------------------------------------------------

@@ -11,11 +11,12 @@ from pydantic import Field
 
 from tenfold.engine.request import TokenLogprob
 from tenfold.server.errors import invalid
+from tenfold.server.generation import Asked, Generation, Step
 from tenfold.server.keys import Caller
 from tenfold.server.openai_chat import LOWEST_LOGPROB, StreamOptions, guided, usage_body
 from tenfold.server.parts import PlainReader, Text
 from tenfold.server.sampling import SamplingFields
-from tenfold.server.service import Asked, Generation, Service, Step
+from tenfold.server.service import Service
 from tenfold.server.stream import HEARTBEAT, event
 from tenfold.tokenizer import Tokenizer
 

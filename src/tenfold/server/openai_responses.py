@@ -10,15 +10,16 @@ from uuid import uuid4
 from pydantic import Field
 
 from tenfold.engine.request import Usage
+from tenfold.engine.structure import Structure
 from tenfold.server.chat import Conversation
 from tenfold.server.errors import ApiError, invalid
-from tenfold.server.keys import Caller
+from tenfold.server.generation import Generation, Step
 from tenfold.server.openai_chat import ContentPart, ToolName, plain_text
 from tenfold.server.parts import Block, BlockEvent, Blocks
 from tenfold.server.sampling import Fields, SamplingFields
-from tenfold.server.service import Generation, Service, Step
+from tenfold.server.service import ANY_TOOL, ChatJob
 from tenfold.server.stream import HEARTBEAT, event
-from tenfold.server.structures import answer_structure, json_object, json_schema
+from tenfold.server.structures import json_object, json_schema
 
 
 class InputItem(Fields):
@@ -51,6 +52,13 @@ class NamedChoice(Fields):
 class TextFormat(Fields):
     type: Literal["text", "json_object", "json_schema"]
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+
+    def structure(self) -> Structure | None:
+        if self.type != "json_schema":
+            return json_object() if self.type == "json_object" else None
+        if self.schema_ is None:
+            raise invalid("text.format: schema is missing", param="text")
+        return json_schema(self.schema_)
 
 
 class TextOptions(Fields):
@@ -90,15 +98,19 @@ class ResponsesRequest(Fields):
         thinks = {"enable_thinking": False} if self.reasoning and self.reasoning.effort == "none" else {}
         return Conversation(messages=[*begin, *_messages(items)], tools=tools, options=thinks)
 
-    def forced_tools(self, tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Those of which one must be called."""
-        if self.tool_choice in (None, "none", "auto"):
-            return []
-        name = self.tool_choice.name if isinstance(self.tool_choice, NamedChoice) else None
-        found = [tool for tool in tools if name in (None, tool["function"]["name"])]
-        if not found:
-            raise invalid(f"tool_choice: there is no tool {name or 'at all'!r} among the tools", param="tool_choice")
-        return found
+    def job(self) -> ChatJob:
+        """Raises ApiError."""
+        choice = self.tool_choice
+        named = choice.name if isinstance(choice, NamedChoice) else None
+        return ChatJob(
+            model=self.model,
+            conversation=self.conversation(),
+            fields=SamplingFields(temperature=self.temperature, top_p=self.top_p),
+            max_tokens=self.max_output_tokens,
+            tool=ANY_TOOL if choice == "required" else named,
+            parallel=self.parallel_tool_calls is not False and named is None,
+            form=self.text.format.structure() if self.text and self.text.format else None,
+        )
 
 
 def _messages(items: list[InputItem]) -> Iterator[dict[str, Any]]:
@@ -131,40 +143,6 @@ def _grown(turn: dict[str, Any], item: InputItem) -> dict[str, Any]:
         thoughts = "" if isinstance(item.content, str) else "".join(part.text for part in item.content or ())
         return turn | {"reasoning_content": thoughts}
     return turn | {"content": turn["content"] + plain_text(item.content)}
-
-
-async def start_response(service: Service, request: ResponsesRequest, caller: Caller | None) -> Generation:
-    """From a request to an answer on its way. Raises ApiError."""
-    service.check_model(request.model)
-    conversation = request.conversation()
-    tools = [dict(tool) for tool in conversation.tools]
-    forced = request.forced_tools(tools)
-    prompt = service.chat.prompt(conversation)
-    ids = await service.encode(prompt)
-    form = None if forced else _form(request)
-    structure = answer_structure(
-        form,
-        forced or (tools if form else []),
-        service.chat.tools or "hermes",
-        parallel=request.parallel_tool_calls is not False and not isinstance(request.tool_choice, NamedChoice),
-        reasoning=service.chat.reader(prompt, tools).reasoning,
-    )
-    fields = SamplingFields(temperature=request.temperature, top_p=request.top_p)
-    params = fields.sampling(
-        service.settings, max_tokens=service.max_tokens(request.max_output_tokens, ids), structure=structure
-    )
-    return await service.start_choices(ids, prompt, tools, params, 1, caller)
-
-
-def _form(request: ResponsesRequest) -> Any:
-    wanted = request.text.format if request.text else None
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.type == "json_object":
-        return json_object()
-    if wanted.schema_ is None:
-        raise invalid("text.format: schema is missing", param="text")
-    return json_schema(wanted.schema_)
 
 
 # ---- answers -----------------------------------------------------------------------------------------------

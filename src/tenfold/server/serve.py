@@ -60,6 +60,6 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list | None = None) -> None:
-        cut = asyncio.get_running_loop().call_later(self._drain_seconds, self._service.stop_all)
+        cut = asyncio.get_running_loop().call_later(self._drain_seconds, self._service.generations.stop_all)
         await super().shutdown(sockets)
         cut.cancel()

@@ -14,8 +14,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tenfold.server.errors import ApiError, error_body
+from tenfold.server.generation import Generation
 from tenfold.server.keys import Caller
-from tenfold.server.service import Generation
 
 T = TypeVar("T")
 HEARTBEAT = ": still working\n\n"
