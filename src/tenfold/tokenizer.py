@@ -119,9 +119,13 @@ class Tokenizer:
         """Writes `tokenizer.json` and `tokenizer_config.json`, as transformers reads them. Raises OSError."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_text(folder / "tokenizer.json", self._backend.to_str())
+        _write_text(folder / "tokenizer.json", self.to_json())
         config = json.dumps(self.config, ensure_ascii=False, indent=2)
         _write_text(folder / "tokenizer_config.json", config + "\n")
+
+    def to_json(self) -> str:
+        """What `tokenizer.json` holds."""
+        return self._backend.to_str()
 
     @property
     def vocab_size(self) -> int:

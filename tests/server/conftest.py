@@ -69,16 +69,15 @@ class FakeEngine:
 
     async def updates(self, request: Request) -> AsyncGenerator[Update, None]:
         await asyncio.sleep(self.prefill_seconds)
-        params, decoded = request.params, self.tokenizer.stream(skip_special_tokens=True)
-        tokens, text, stopped = self.answer(request), "", None
+        params = request.params
+        assert not params.stop, "stop strings are the service's"
+        tokens = self.answer(request)
         ranks = [self.ranked(token) for token in request.prompt_ids[1:]]
         first = None if params.prompt_logprobs is None else [[], *ranks]
         for count, token in enumerate(tokens[: params.max_tokens], 1):
             await asyncio.sleep(self.seconds_per_token)
-            text += decoded.push(token)
-            stopped = next((stop for stop in params.stop if stop in text), None)
             logprobs = [] if params.logprobs is None else [self.ranked(token)]
-            last = stopped is not None or count == len(tokens)
+            last = count == len(tokens)
             finish = "stop" if last else "length" if count == params.max_tokens else None
             yield Update(
                 request_id=request.id,
@@ -87,7 +86,6 @@ class FakeEngine:
                 prompt_logprobs=first,
                 usage=Usage(len(request.prompt_ids), 3, count, 2 * count, count),
                 finish=finish,
-                stopped_by=stopped,
             )
             first = None
             if finish:

@@ -71,13 +71,17 @@ def test_a_template_gets_its_options_but_never_another_conversation(tokenizer: T
 
 def test_parts_of_text_are_one_text_and_pictures_are_refused(tokenizer: Tokenizer) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    prompt = ChatFormat(tokenizer).prompt(conversation([{"role": "developer", "content": "c"}, USER | {"content": parts}]))
+    prompt = ChatFormat(tokenizer).prompt(
+        conversation([{"role": "developer", "content": "c"}, USER | {"content": parts}])
+    )
     assert "user\na\nb<|im_end|>" in prompt and "system\nc" in prompt
     with pytest.raises(ApiError, match="image_url"):
         conversation([USER | {"content": [{"type": "image_url", "image_url": {"url": "x"}}]}])
 
 
-@pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}", "{{ messages[9].content.x }}", "{{ 1 / 0 }}"])
+@pytest.mark.parametrize(
+    "template", [None, "{{ raise_exception('no') }}", "{{ messages[9].content.x }}", "{{ 1 / 0 }}"]
+)
 def test_a_template_that_refuses_is_a_mistake_of_the_request(tokenizer: Tokenizer, template: str | None) -> None:
     with pytest.raises(ApiError) as caught:
         ChatFormat(with_template(tokenizer, template)).prompt(Conversation(messages=[USER]))

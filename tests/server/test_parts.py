@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenfold.server.generation import StopCutter
 from tenfold.server.parts import Blocks, PlainReader, Reader
 from tenfold.server.reasoning import ReasoningReader, begins_in_reasoning
 from tenfold.server.tools import Format, ToolReader, convert, tool_format
@@ -30,7 +30,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 
 def cut(text: str, places: Sequence[int]) -> list[str]:
     edges = [0, *sorted({place % (len(text) + 1) for place in places}), len(text)]
-    return [text[begin:end] for begin, end in zip(edges, edges[1:], strict=False)]
+    return [text[begin:end] for begin, end in pairwise(edges)]
 
 
 def read(reader: Reader, pieces: Sequence[str]) -> list[tuple[str, str, str]]:
@@ -77,7 +77,10 @@ def test_calls_are_read_however_they_are_cut(
     format: Format, text: str, calls: list[tuple[str, dict[str, object]]], places: list[int]
 ) -> None:
     written = "\n".join([*([text] if text else []), *(WRITERS[format](name, given) for name, given in calls)])
-    blocks = read(ToolReader(format, SCHEMAS if format == "hermes" else {n: SCHEMAS["write"] for n in SCHEMAS}), cut(written, places))
+    blocks = read(
+        ToolReader(format, SCHEMAS if format == "hermes" else {n: SCHEMAS["write"] for n in SCHEMAS}),
+        cut(written, places),
+    )
     expected = [("text", "", text)] if text else []
     assert [(kind, name, "" if kind == "call" else body) for kind, name, body in blocks] == [
         *expected,
@@ -87,7 +90,7 @@ def test_calls_are_read_however_they_are_cut(
 
 
 @pytest.mark.parametrize("format", ["hermes", "xml"])
-@given(text=st.text(st.sampled_from("<>/=_ \nab{}\"toolcallfunction"), max_size=60), places=places)
+@given(text=st.text(st.sampled_from('<>/=_ \nab{}"toolcallfunction'), max_size=60), places=places)
 def test_text_without_a_call_passes_unchanged(format: Format, text: str, places: list[int]) -> None:
     if text.strip() and "<tool_call>" not in text and "<function=" not in text:
         assert read(ToolReader(format, {}), cut(text, places)) == [("text", "", text)]
@@ -124,7 +127,11 @@ def test_other_ways_to_write_a_call() -> None:
     unclosed = '<tool_call>\n{"name": "now", "arguments": {}}'
     assert read(ToolReader("hermes", SCHEMAS), [unclosed]) == [("call", "now", "{}")]
     bare = "ok\n<function=now>\n</function>\nbye"
-    assert read(ToolReader("xml", SCHEMAS), [bare]) == [("text", "", "ok"), ("call", "now", "{}"), ("text", "", "\nbye")]
+    assert read(ToolReader("xml", SCHEMAS), [bare]) == [
+        ("text", "", "ok"),
+        ("call", "now", "{}"),
+        ("text", "", "\nbye"),
+    ]
 
 
 def test_strings_are_streamed_before_they_are_complete() -> None:
@@ -159,7 +166,7 @@ def test_the_template_tells_the_format() -> None:
     assert tool_format("...") is None
 
 
-# ---- reasoning and stops -----------------------------------------------------------------------------------
+# ---- reasoning -----------------------------------------------------------------------------------
 
 
 @given(thought=said, text=said, places=places, inside=st.booleans())
@@ -184,12 +191,3 @@ def test_only_a_prompt_that_opens_reasoning_begins_in_it() -> None:
     assert begins_in_reasoning("<|im_start|>assistant\n<think>\n")
     assert not begins_in_reasoning("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert not begins_in_reasoning("<|im_start|>user\nwhat is <think>?<|im_end|>\n<|im_start|>assistant\n")
-
-
-@given(text=st.text("abc", max_size=30), stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), places=places)
-def test_an_answer_ends_before_the_first_stop_string(text: str, stops: list[str], places: list[int]) -> None:
-    cutter = StopCutter(stops)
-    told = "".join(cutter.push(piece) for piece in cut(text, places)) + cutter.finish()
-    ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(stop) for stop in stops)]
-    longest = max((len(stop) for stop in stops if ends and text[: ends[0]].endswith(stop)), default=0)
-    assert told == (text[: ends[0] - longest] if ends else text)

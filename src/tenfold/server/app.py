@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from tenfold import __version__
+from tenfold.engine.structure import StructureCompiler
 from tenfold.server.anthropic_messages import CountRequest, MessageAnswer, MessagesRequest, count_tokens
 from tenfold.server.backend import Engine
 from tenfold.server.errors import ApiError, error_body, error_response, field_error, invalid
@@ -61,15 +62,19 @@ class StrictRequest(Request):
 router = APIRouter(route_class=StrictRoute)
 
 
-def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> FastAPI:
-    """The service before an engine. `app.state.service` is what its routes share."""
+def create_app(
+    engine: Engine, tokenizer: Tokenizer, settings: Settings, compiler: StructureCompiler | None = None
+) -> FastAPI:
+    """The service before an engine. `app.state.service` is what its routes share.
+
+    compiler: the engine's, so that a grammar is compiled once.
+    """
     metrics = Metrics(engine)
     app = FastAPI(title="Tenfold", version=__version__, docs_url=None, redoc_url=None)
-    app.state.service = Service(engine, tokenizer, settings, metrics)
+    app.state.service = Service(engine, tokenizer, compiler or StructureCompiler(tokenizer), settings, metrics)
     app.include_router(router)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _misread)
-    app.add_exception_handler(Exception, _failed)
     callers = None if settings.keys is None else Callers(settings.keys)
     app.add_middleware(Gate, settings=settings, callers=callers, metrics=metrics, public=PROBES | _page_paths())
     if PAGE.is_dir():
@@ -94,10 +99,6 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _misread(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     return error_response(field_error(error.errors()), request.scope)
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    return error_response(ApiError(500, "the service failed; its log says why"), request.scope)
 
 
 def _service(request: Request) -> Service:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import nullcontext
 
 from starlette.datastructures import Headers
@@ -12,6 +13,8 @@ from tenfold.server.errors import ApiError, error_response
 from tenfold.server.keys import Caller, Callers
 from tenfold.server.metrics import Metrics
 from tenfold.server.settings import Settings
+
+log = logging.getLogger("tenfold")
 
 
 class Gate:
@@ -28,13 +31,18 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        send = self._counted(send)
+        answer = Answer(send, self._metrics)
         self._open += 1
         self._metrics.open.set(self._open)
         try:
-            await self._answer(scope, receive, send)
-        except ApiError as error:
-            await error_response(error, scope)(scope, receive, send)
+            await self._answer(scope, receive, answer.send)
+        except Exception as error:
+            if answer.begun:
+                raise  # the connection is closed in the middle of the answer: there is no other way to tell
+            if not isinstance(error, ApiError):
+                log.exception("a request failed")
+                error = ApiError(500, "the service failed; its log says why")
+            await error_response(error, scope)(scope, receive, answer.send)
         finally:
             self._open -= 1
             self._metrics.open.set(self._open)
@@ -56,6 +64,10 @@ class Gate:
         headers = scope["headers"]
         if len(headers) > self._settings.max_headers:
             raise ApiError(431, f"{len(headers)} headers came, at most {self._settings.max_headers} are read")
+        size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(a) + len(b) for a, b in headers)
+        if size > self._settings.max_header_kb * 1024:
+            limit = self._settings.max_header_kb
+            raise ApiError(431, f"address and headers have {size >> 10} KB, at most {limit} KB are read")
         length = Headers(scope=scope).get("content-length", "0")
         if int(length) > self._limit:  # the parser has checked that it is a number
             raise self._too_large(int(length))
@@ -100,13 +112,18 @@ class Gate:
         limit = self._settings.max_body_mb
         return ApiError(413, f"the body has {size / 1e6:.1f} MB or more, at most {limit:g} MB are read: send less")
 
-    def _counted(self, send: Send) -> Send:
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self._metrics.responses.labels(message["status"]).inc()
-            await send(message)
 
-        return counted
+class Answer:
+    """Counts an answer, and knows whether it has begun."""
+
+    def __init__(self, send: Send, metrics: Metrics) -> None:
+        self._send, self._metrics, self.begun = send, metrics, False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.begun = True
+            self._metrics.responses.labels(message["status"]).inc()
+        await self._send(message)
 
 
 def replay(body: bytes, receive: Receive) -> Receive:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tenfold.engine.request import FinishReason, TokenLogprob, Update, Usage
 from tenfold.engine.sampler import SamplingParams
+from tenfold.engine.stopping import Stopping, Verdict
 from tenfold.server.errors import ApiError
 from tenfold.server.keys import Caller
 from tenfold.server.metrics import Metrics
-from tenfold.server.parts import Part, Reader, held_back
+from tenfold.server.parts import Part, Reader
 from tenfold.server.reasoning import ReasoningReader
 from tenfold.server.settings import Settings
 from tenfold.tokenizer import Tokenizer
@@ -64,9 +66,10 @@ class Generation:
         self.prompt_ids = [one.prompt_ids for one in asked]
         self.usages = [Usage() for _ in asked]
         self.reasoning_tokens = [0] * len(asked)
+        self._ended: set[int] = set()
         self._home, self._caller = home, caller
         self._texts = [AnswerText(home.tokenizer, one) for one in asked]
-        self._queue: asyncio.Queue[tuple[int, Update | BaseException | None]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, Update | Exception]] = asyncio.Queue()
         self._pumps: list[asyncio.Task[None]] = []
         self._watch = home.metrics.watch(len(asked))
         self._began = asyncio.get_running_loop().time()
@@ -80,14 +83,19 @@ class Generation:
             item = await self._next()
             if item is None:
                 yield None
-            elif item[1] is None:
+                continue
+            choice, update = item
+            if choice in self._ended:
+                continue  # what the engine has written before it heard of the end
+            if isinstance(update, Exception):
+                raise update
+            step = self._step(choice, update)
+            if step.finish is not None:
                 left -= 1
-            elif isinstance(item[1], BaseException):
-                raise item[1]
-            else:
-                yield self._step(*item)  # type: ignore[arg-type]
+                await self._end(choice)
+            yield step
 
-    async def _next(self) -> tuple[int, Update | BaseException | None] | None:
+    async def _next(self) -> tuple[int, Update | Exception] | None:
         settings = self._home.settings
         left = self._began + settings.request_seconds - asyncio.get_running_loop().time()
         try:
@@ -104,9 +112,9 @@ class Generation:
             raise ApiError(500, update.error or "the engine failed")
         if update.finish == "cancelled":
             raise stopping()
-        self.usages[choice] = update.usage
         self._watch.tokens(choice, len(update.tokens))
         step = self._texts[choice].step(choice, update)
+        self.usages[choice] = step.usage
         self.reasoning_tokens[choice] = step.reasoning_tokens
         return step
 
@@ -114,25 +122,29 @@ class Generation:
         try:
             async for update in stream:
                 self._queue.put_nowait((choice, update))
-            self._queue.put_nowait((choice, None))
+            self._queue.put_nowait((choice, ApiError(500, "the engine has left the answer without an end")))
         except Exception as error:
             self._queue.put_nowait((choice, error))
 
+    async def _end(self, choice: int) -> None:
+        """Cancels an answer, if it has not ended by itself."""
+        self._ended.add(choice)
+        if self._pumps:
+            self._pumps[choice].cancel()
+            with suppress(asyncio.CancelledError):
+                await self._pumps[choice]
+        await self.streams[choice].aclose()
+
     def stop(self) -> None:
         """Makes the steps end with an error."""
-        self._queue.put_nowait((0, stopping()))
+        self._queue.put_nowait((-1, stopping()))
 
     async def close(self) -> None:
         if self not in self._home.running:
             return
         self._home.running.discard(self)
-        for pump in self._pumps:
-            pump.cancel()
-        for pump in self._pumps:
-            with suppress(asyncio.CancelledError):
-                await pump
-        for stream in self.streams:
-            await stream.aclose()
+        for choice in range(len(self.streams)):
+            await self._end(choice)
         self._watch.done(self.usages)
         if self._caller is not None:
             self._caller.owe_tokens(sum(usage.completion_tokens for usage in self.usages))
@@ -155,56 +167,51 @@ def stopping() -> ApiError:
 
 
 class AnswerText:
-    """Turns the tokens of one answer into parts: whole characters, and nothing of a stop string."""
+    """Turns the tokens of one answer into parts: whole characters, and nothing of a stop string.
+
+    Stop strings are looked for here, where there is text; the engine is told of the end by its stream being closed.
+    """
 
     def __init__(self, tokenizer: Tokenizer, asked: Asked) -> None:
-        self._decoder = tokenizer.stream(skip_special_tokens=True)
-        self._reader = asked.reader
-        self._stop = StopCutter(asked.params.stop)
-        self._reasoning_tokens = 0
+        self._reader, params = asked.reader, asked.params
+        self._stopping = Stopping(
+            (),
+            strings=params.stop,
+            decoder=tokenizer.stream(skip_special_tokens=True),
+            min_tokens=params.min_tokens,
+        )
+        self._logprobs: deque[Sequence[TokenLogprob]] = deque()  # of tokens that are held back
+        self._count = self._reasoning_tokens = 0
 
     def step(self, choice: int, update: Update) -> Step:
-        text = "".join(self._decoder.push(token) for token in update.tokens)
-        if update.finish is not None:
-            text += self._decoder.finish()
-        if isinstance(self._reader, ReasoningReader) and self._reader.reasoning:
-            self._reasoning_tokens += len(update.tokens)
-        parts = list(self._reader.push(self._stop.push(text)))
-        if update.finish is not None:
-            parts += [*self._reader.push(self._stop.finish()), *self._reader.finish()]
+        """What an update adds; it may end the answer before the engine does."""
+        self._logprobs.extend(update.logprobs)
+        verdicts = list(self._read(update.tokens))
+        stop = verdicts[-1].stopped_by if verdicts else None
+        finish: FinishReason | None = "stop" if stop is not None else update.finish
+        if finish is not None and stop is None:
+            verdicts.append(self._stopping.finish())
+        parts = list(self._reader.push("".join(verdict.text for verdict in verdicts)))
+        tokens = [token for verdict in verdicts for token in verdict.tokens]
         return Step(
             choice=choice,
-            parts=parts,
-            tokens=update.tokens,
-            logprobs=update.logprobs,
+            parts=[*parts, *(self._reader.finish() if finish else ())],
+            tokens=tokens,
+            logprobs=[self._logprobs.popleft() for _ in tokens] if self._logprobs else (),
             prompt_logprobs=update.prompt_logprobs,
-            usage=update.usage,
+            usage=replace(update.usage, completion_tokens=self._count),
             reasoning_tokens=self._reasoning_tokens,
-            finish=update.finish,
-            stopped_by=update.stopped_by,
+            finish=finish,
+            stopped_by=update.stopped_by if stop is None else stop,
         )
 
-
-class StopCutter:
-    """Passes a text on to where the first stop string begins, and holds back what may become one."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
-        self._buffer, self._stopped = "", False
-
-    def push(self, text: str) -> str:
-        if not self._stops:
-            return text
-        if self._stopped:
-            return ""
-        self._buffer += text
-        found = [at for stop in self._stops if (at := self._buffer.find(stop)) >= 0]
-        if found:
-            self._stopped = True
-            return self._buffer[: min(found)]
-        size = len(self._buffer) - held_back(self._buffer, self._stops)
-        passed, self._buffer = self._buffer[:size], self._buffer[size:]
-        return passed
-
-    def finish(self) -> str:
-        return "" if self._stopped else self._buffer
+    def _read(self, tokens: Sequence[int]) -> Iterator[Verdict]:
+        """Up to the one that ends the answer."""
+        reasoning = isinstance(self._reader, ReasoningReader) and self._reader.reasoning
+        for token in tokens:
+            self._count += 1
+            self._reasoning_tokens += reasoning
+            verdict = self._stopping.push(token)
+            yield verdict
+            if verdict.finish is not None:
+                return

@@ -135,8 +135,8 @@ class ChatRequest(SamplingFields):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _template_words(cls, options: dict[str, Any] | None) -> dict[str, Any] | None:
-        if options and not all(re.fullmatch("[a-z_]+", name) for name in options):
-            raise ValueError("names of template variables are small letters and _")
+        if options and not all(re.fullmatch("[a-z][a-z_]*", name) for name in options):
+            raise ValueError("names of template variables are small letters and _, such as enable_thinking")
         return options
 
     def conversation(self) -> Conversation:

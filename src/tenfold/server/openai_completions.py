@@ -57,6 +57,7 @@ async def start_completion(service: Service, request: CompletionRequest, caller:
     forms = [form for form in guided(request) if form is not None]
     if len(forms) > 1:
         raise invalid("more than one form of the answer is asked for: choose one")
+    await service.check_structure(forms[0] if forms else None)
     prompts, count = request.prompts(), request.n or 1
     if not 0 < len(prompts) * count <= service.settings.max_choices:
         limit = service.settings.max_choices

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tenfold.engine.request import Request
-from tenfold.engine.structure import Structure
+from tenfold.engine.structure import Structure, StructureCompiler
 from tenfold.server.backend import Engine, QueueFull
 from tenfold.server.chat import ChatFormat, Conversation, check_length, encode
 from tenfold.server.errors import ApiError, invalid
@@ -21,7 +21,7 @@ from tenfold.server.settings import Settings
 from tenfold.server.structures import answer_structure
 from tenfold.tokenizer import Tokenizer
 
-ENCODERS = 2  # threads that turn text into tokens, so that long prompts leave a core to the others
+WORKERS = 2  # threads that read prompts and grammars, however many come
 ANY_TOOL = "any tool"  # no tool has a name like that
 
 
@@ -55,13 +55,16 @@ class ChatJob:
 class Service:
     """The engine behind the routes."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, compiler: StructureCompiler, settings: Settings, metrics: Metrics
+    ) -> None:
         self.engine, self.tokenizer, self.settings, self.metrics = engine, tokenizer, settings, metrics
         self.generations = Generations(tokenizer, settings, metrics)
         self.chat = ChatFormat(tokenizer)
+        self.compiler = compiler
         self.began = int(time.time())
         self.draining = False
-        self._encoders = asyncio.Semaphore(ENCODERS)
+        self._workers = asyncio.Semaphore(WORKERS)
 
     def check_model(self, name: str) -> None:
         """Raises ApiError for a model that is not here."""
@@ -72,8 +75,18 @@ class Service:
 
     async def encode(self, text: str) -> list[int]:
         """A prompt as tokens, which leave room for one more. Raises ApiError."""
-        async with self._encoders:
+        async with self._workers:
             return await asyncio.to_thread(encode, self.tokenizer, text, self.settings.context_length - 1)
+
+    async def check_structure(self, structure: Structure | None) -> None:
+        """Raises ApiError for a form that no answer can have, or that is too complex."""
+        if structure is None:
+            return
+        try:
+            async with self._workers:
+                await asyncio.to_thread(self.compiler.compile, structure)
+        except ValueError as error:
+            raise invalid(str(error), param="response_format", code="invalid_structure") from None
 
     def check_ids(self, ids: list[int]) -> list[int]:
         """A prompt that came as tokens. Raises ApiError."""
@@ -125,9 +138,11 @@ class Service:
             None if forced else job.form,
             forced or (tools if job.form else ()),
             self.chat.tools or "hermes",
+            self.chat.tag_tokens,
             parallel=job.parallel,
             reasoning=self.chat.reader(prompt, tools).reasoning,
         )
+        await self.check_structure(structure)
         borders, limit = self.chat.borders(ids), self.max_tokens(job.max_tokens, ids)
         asked = [
             Asked(
@@ -146,7 +161,7 @@ class Service:
         isolated = caller is not None and self.settings.isolate_cache
         return Request(
             prompt_ids=asked.prompt_ids,
-            params=replace(asked.params, stop_ids=self.tokenizer.stop_ids),
+            params=replace(asked.params, stop_ids=self.tokenizer.stop_ids, stop=()),
             borders=asked.borders,
             isolation=caller.isolation if caller is not None and isolated else "",
         )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Literal
 
 from tenfold.engine.structure import Structure
 from tenfold.server.errors import invalid
-from tenfold.server.tools import CLOSE, OPEN, Format
+from tenfold.server.reasoning import CLOSE as THOUGHT_END
+from tenfold.server.tools import CLOSE, OPEN, Format, is_string
 
 Tool = Mapping[str, Any]
-THOUGHT = 'thought[suffix="</think>"]: /(?s:.*)/\n'
+ANY_TEXT = "/(?s:.*)/"
 
 
 def json_schema(schema: Mapping[str, Any] | str) -> Structure:
@@ -45,11 +47,18 @@ def json_object() -> Structure:
 
 
 def answer_structure(
-    form: Structure | None, calls: Sequence[Tool], format: Format, *, parallel: bool, reasoning: bool
+    form: Structure | None,
+    calls: Sequence[Tool],
+    format: Format,
+    tokens: Container[str],
+    *,
+    parallel: bool,
+    reasoning: bool,
 ) -> Structure | None:
     """An answer that has this form or is nothing but calls of these tools, behind reasoning that is free.
 
-    reasoning: the answer begins in the middle of it.
+    tokens: those of the tags that are one token, which is then the only way to write them. reasoning: the answer
+    begins in the middle of it.
     """
     if form is None and not calls:
         return None
@@ -58,13 +67,14 @@ def answer_structure(
     choices = [*(["form"] if form else []), *(["calls"] if calls else [])]
     lines = [f"start: {'thought BREAKS ' if reasoning else ''}({' | '.join(choices)})"]
     if reasoning:
-        lines += ['thought[suffix="</think>"]: /(?s:.*)/', "BREAKS: /\\n*/"]
+        lines += [_until("thought", THOUGHT_END, tokens), "BREAKS: /\\n*/"]
     if form is not None:
         lines += [f"form: {_form(form)}"]
     if calls:
         rule = _hermes_rule if format == "hermes" else _xml_rule
-        lines += ["calls: call" + (' ("\\n" call)*' if parallel else "")]
-        lines += ["call: " + " | ".join(f"call{i}" for i in range(len(calls)))]
+        opening, closing = _literal(OPEN + "\n", tokens), _literal("\n" + CLOSE, tokens)
+        lines += [f"calls: call{' (BREAK call)*' if parallel else ''}", 'BREAK: "\\n"']
+        lines += [f"call: {opening} ({' | '.join(f'call{i}' for i in range(len(calls)))}) {closing}"]
         lines += [line for i, tool in enumerate(calls) for line in rule(i, tool["function"])]
     return grammar("\n".join(lines) + "\n")
 
@@ -76,19 +86,14 @@ def _form(form: Structure) -> str:
     if form.kind == "regex":
         return "/" + form.source.replace("/", "\\/").replace("\n", "\\n") + "/"
     if form.kind == "choice":
-        return " | ".join(_literal(text) for text in json.loads(form.source))
+        return " | ".join(_quoted(text) for text in json.loads(form.source))
     raise invalid("a grammar goes with neither tools nor reasoning: ask without tools, and with enable_thinking false")
 
 
 def _hermes_rule(index: int, function: Mapping[str, Any]) -> list[str]:
-    head = _literal(f'{OPEN}\n{{"name": {json.dumps(function["name"])}, "arguments": ')
-    tail = _literal("}\n" + CLOSE)
-    return [f"call{index}: {head} arguments{index} {tail}", f"arguments{index}: %json {_parameters(function)}"]
-
-
-def _parameters(function: Mapping[str, Any]) -> str:
-    schema = function.get("parameters") or {}
-    return json.dumps({"type": "object", **schema})
+    head = _quoted(f'{{"name": {json.dumps(function["name"])}, "arguments": ')
+    schema = json.dumps({"type": "object", **(function.get("parameters") or {})})
+    return [f'call{index}: {head} arguments{index} "}}"', f"arguments{index}: %json {schema}"]
 
 
 def _xml_rule(index: int, function: Mapping[str, Any]) -> list[str]:
@@ -100,18 +105,30 @@ def _xml_rule(index: int, function: Mapping[str, Any]) -> list[str]:
         rule = f"argument{index}_{number}"
         body.append(rule if name in required else f"{rule}?")
         lines += _xml_argument(rule, name, value if isinstance(value, dict) else {})
-    head, tail = _literal(f"{OPEN}\n<function={function['name']}>\n"), _literal(f"</function>\n{CLOSE}")
+    head, tail = _quoted(f"<function={function['name']}>\n"), _quoted("</function>")
     return [f"call{index}: {' '.join([head, *body, tail])}", *lines]
 
 
 def _xml_argument(rule: str, name: str, schema: Mapping[str, Any]) -> list[str]:
-    head, tail = _literal(f"<parameter={name}>\n"), _literal("\n</parameter>\n")
-    if schema.get("type", "string") == "string" and "enum" not in schema:
-        return [f"{rule}: {head} {rule}_text", f"{rule}_text[suffix={tail}]: /(?s:.*)/"]
-    if all(isinstance(option, str) for option in schema.get("enum") or [0]):
-        return [f"{rule}: {head} ({' | '.join(_literal(option) for option in schema['enum'])}) {tail}"]
+    head, tail = _quoted(f"<parameter={name}>\n"), _quoted("\n</parameter>\n")
+    texts = schema.get("enum")
+    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+        return [f"{rule}: {head} ({' | '.join(map(_quoted, texts))}) {tail}"]
+    if is_string(schema):
+        return [f"{rule}: {head} {rule}_text", f"{rule}_text[suffix={tail}]: {ANY_TEXT}"]
     return [f"{rule}: {head} {rule}_value {tail}", f"{rule}_value: %json {json.dumps(schema)}"]
 
 
-def _literal(text: str) -> str:
+def _until(rule: str, tag: str, tokens: Container[str]) -> str:
+    """A rule for any text, and the tag that ends it."""
+    return f"{rule}: {ANY_TEXT} {tag}" if tag in tokens else f"{rule}[suffix={_quoted(tag)}]: {ANY_TEXT}"
+
+
+def _literal(text: str, tokens: Container[str]) -> str:
+    """Text in which tags may be tokens."""
+    pieces = [piece for piece in re.split(f"({OPEN}|{CLOSE})", text) if piece]
+    return " ".join(piece if piece in tokens else _quoted(piece) for piece in pieces)
+
+
+def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)

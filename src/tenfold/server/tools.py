@@ -220,7 +220,7 @@ class XmlCall:
     def finish(self) -> list[Part]:
         if self._state == "head":
             return [Text(self._opened + self._buffer)]
-        if self._state == "value" and _is_string(self._value):
+        if self._state == "value" and is_string(self._value):
             return [CallArguments(_quoted(self._buffer))]
         return []
 
@@ -248,7 +248,7 @@ class XmlCall:
         self._sent += 1
         name = match[1].strip()
         self._value, self._state = self._schema.get(name) or {}, "value"
-        quote = '"' if _is_string(self._value) else ""
+        quote = '"' if is_string(self._value) else ""
         return [CallArguments(f"{opening}{json.dumps(name, ensure_ascii=False)}: {quote}")]
 
     def _read_value(self) -> list[Part]:
@@ -256,9 +256,9 @@ class XmlCall:
         if end >= 0:
             value, self._buffer = self._buffer[:end].removesuffix("\n"), self._buffer[end + len(VALUE_END) :]
             self._state = "between"
-            closed = _quoted(value) + '"' if _is_string(self._value) else convert(value, self._value or {})
+            closed = _quoted(value) + '"' if is_string(self._value) else convert(value, self._value or {})
             return [CallArguments(closed)]
-        if not _is_string(self._value):
+        if not is_string(self._value):
             return []
         size = len(self._buffer) - held_back(self._buffer, ["\n" + VALUE_END, VALUE_END])
         piece, self._buffer = self._buffer[:size], self._buffer[size:]
@@ -301,7 +301,8 @@ def _types(schema: object) -> set[str]:
     return found
 
 
-def _is_string(schema: Mapping[str, Any] | None) -> bool:
+def is_string(schema: Mapping[str, Any] | None) -> bool:
+    """Whether an argument can be nothing but text, as it is where its schema says nothing."""
     return not _types(schema or {}) - {"string"}
 
 

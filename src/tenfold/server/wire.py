@@ -84,6 +84,8 @@ def protocol(settings: Settings) -> type[asyncio.Protocol]:
             """Closes once the client has had time to read, without looking at what it sends."""
             self.data_received = _ignore  # type: ignore[method-assign]
             self.transport.resume_reading()
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
             self.loop.call_later(LINGER_SECONDS, self.transport.abort)
 
         def on_response_complete(self) -> None:
