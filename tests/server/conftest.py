@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from tenfold.engine.request import Request, TokenLogprob, Update, Usage
+from tenfold.engine.stopping import Stopping
+from tenfold.engine.structure import StructureCompiler
 from tenfold.server.app import create_app
 from tenfold.server.backend import QueueFull
 from tenfold.server.serve import make_server, serve
@@ -46,6 +48,7 @@ class FakeEngine:
     cancelled: list[int] = field(default_factory=list)
     running: int = 0
     failure: Exception | None = None
+    drained: bool = False
 
     def stats(self) -> FakeStats:
         return FakeStats(running=self.running)
@@ -55,6 +58,8 @@ class FakeEngine:
             raise self.failure
         if self.running >= self.places:
             raise QueueFull(3)
+        if request.params.structure:
+            await asyncio.to_thread(compiler().compile, request.params.structure)
         self.requests.append(request)
         self.running += 1
         return FakeStream(self, request)  # type: ignore[return-value]
@@ -70,28 +75,35 @@ class FakeEngine:
     async def updates(self, request: Request) -> AsyncGenerator[Update, None]:
         await asyncio.sleep(self.prefill_seconds)
         params = request.params
-        assert not params.stop, "stop strings are the service's"
-        tokens = self.answer(request)
-        ranks = [self.ranked(token) for token in request.prompt_ids[1:]]
-        first = None if params.prompt_logprobs is None else [[], *ranks]
-        for count, token in enumerate(tokens[: params.max_tokens], 1):
+        decoder = self.tokenizer.stream(skip_special_tokens=True)
+        stopping = Stopping(
+            (self.tokenizer.eos_id,), strings=params.stop, decoder=decoder, max_tokens=params.max_tokens
+        )
+        ranks: list[Sequence[TokenLogprob]] = [[], *(self.ranked(token) for token in request.prompt_ids[1:])]
+        first = None if params.prompt_logprobs is None else ranks
+        count = 0
+        for token in [*self.answer(request), self.tokenizer.eos_id] if params.max_tokens else ():
             await asyncio.sleep(self.seconds_per_token)
-            logprobs = [] if params.logprobs is None else [self.ranked(token)]
-            last = count == len(tokens)
-            finish = "stop" if last else "length" if count == params.max_tokens else None
+            verdict = stopping.push(token)
+            count += token != self.tokenizer.eos_id
             yield Update(
                 request_id=request.id,
-                tokens=[token],
-                logprobs=logprobs,
+                tokens=verdict.tokens,
+                text=verdict.text,
+                logprobs=[] if params.logprobs is None else [self.ranked(token) for token in verdict.tokens],
                 prompt_logprobs=first,
                 usage=Usage(len(request.prompt_ids), 3, count, 2 * count, count),
-                finish=finish,
+                finish=verdict.finish,
+                stopped_by=verdict.stopped_by,
             )
             first = None
-            if finish:
+            if verdict.finish:
                 return
         usage = Usage(len(request.prompt_ids), 3)
         yield Update(request_id=request.id, prompt_logprobs=first, usage=usage, finish="length")
+
+    async def drain(self, seconds: float) -> None:
+        self.drained = True
 
     def ranked(self, token: int) -> list[TokenLogprob]:
         return [TokenLogprob(token, -0.5), TokenLogprob(token, -0.5), TokenLogprob(7, -1.5)]
@@ -154,15 +166,21 @@ def embedded() -> Tokenizer:
     return Tokenizer.embedded()
 
 
+@cache
+def compiler() -> StructureCompiler:
+    return StructureCompiler(embedded())
+
+
 def start(settings: Settings, tokenizer: Tokenizer | None = None) -> Running:
     engine = FakeEngine(tokenizer or embedded())
-    server = make_server(create_app(engine, engine.tokenizer, settings), settings, "127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, daemon=True)
+    server = make_server(create_app(engine, engine.tokenizer, settings), settings)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.005)
-    host, port = server.servers[0].sockets[0].getsockname()
+    host, port = listener.getsockname()
 
     def stop() -> None:
         server.should_exit = server.force_exit = True
@@ -206,9 +224,8 @@ def servers() -> Iterator[Callable[[Settings], Running]]:
 
 
 if __name__ == "__main__":
-    port, drain_seconds, keys = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
-    settings = Settings(
-        model_names=(MODEL,), context_length=2000, drain_seconds=drain_seconds, keys=Path(keys) if keys else None
-    )
     fake = FakeEngine(embedded(), answers={"long": "word " * 40}, seconds_per_token=0.05)
-    serve(fake, fake.tokenizer, settings, "127.0.0.1", port)
+    settings = Settings(
+        model_names=(MODEL,), context_length=2000, drain_seconds=float(sys.argv[1]), api_keys=Path(sys.argv[2])
+    )
+    serve(create_app(fake, fake.tokenizer, settings), settings, "127.0.0.1", 0)

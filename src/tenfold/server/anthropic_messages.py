@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from pydantic import Field
 
-from tenfold.engine.request import Usage
+from tenfold.engine.request import Update, Usage
 from tenfold.server.chat import Conversation
 from tenfold.server.errors import invalid
 from tenfold.server.generation import Generation, Step
@@ -162,7 +162,7 @@ class MessageAnswer:
         self._generation, self._stops = generation, request.stop_sequences or []
         self._blocks = Blocks()
         self._head = {"id": f"msg_{uuid4().hex[:24]}", "type": "message", "role": "assistant", "model": request.model}
-        self._last = Step(choice=0)
+        self._last = Step(choice=0, update=Update(request_id=-1))
 
     async def whole(self) -> dict[str, Any]:
         async for step in self._generation.steps():
@@ -171,7 +171,7 @@ class MessageAnswer:
                 for part in step.parts:
                     list(self._blocks.push(part))
         content = [_block(block, whole=True) for block in self._blocks.all]
-        return {**self._head, "content": content, **self._end(), "usage": self._usage(self._last.usage)}
+        return {**self._head, "content": content, **self._end(), "usage": self._usage(self._last.update.usage)}
 
     async def events(self) -> AsyncIterator[str]:
         prompt = Usage(prompt_tokens=len(self._generation.prompt_ids[0]))
@@ -186,12 +186,12 @@ class MessageAnswer:
                 yield _block_event(happened)
         for happened in self._blocks.finish():
             yield _block_event(happened)
-        yield _named({"type": "message_delta", "delta": self._end(), "usage": self._usage(self._last.usage)})
+        yield _named({"type": "message_delta", "delta": self._end(), "usage": self._usage(self._last.update.usage)})
         yield _named({"type": "message_stop"})
 
     def _end(self) -> dict[str, Any]:
-        stop = self._last.stopped_by
-        if self._last.finish == "length":
+        stop = self._last.update.stopped_by
+        if self._last.update.finish == "length":
             return {"stop_reason": "max_tokens", "stop_sequence": None}
         if isinstance(stop, str) and stop in self._stops:
             return {"stop_reason": "stop_sequence", "stop_sequence": stop}

@@ -18,12 +18,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from tenfold import __version__
-from tenfold.engine.structure import StructureCompiler
 from tenfold.server.anthropic_messages import CountRequest, MessageAnswer, MessagesRequest, count_tokens
 from tenfold.server.backend import Engine
+from tenfold.server.callers import Callers
 from tenfold.server.errors import ApiError, error_body, error_response, field_error, invalid
 from tenfold.server.gate import Gate
-from tenfold.server.keys import Callers
 from tenfold.server.metrics import Metrics
 from tenfold.server.openai_chat import ChatAnswers, ChatMessage, ChatRequest, Tool
 from tenfold.server.openai_completions import CompletionRequest, Completions, start_completion
@@ -62,20 +61,17 @@ class StrictRequest(Request):
 router = APIRouter(route_class=StrictRoute)
 
 
-def create_app(
-    engine: Engine, tokenizer: Tokenizer, settings: Settings, compiler: StructureCompiler | None = None
-) -> FastAPI:
-    """The service before an engine. `app.state.service` is what its routes share.
-
-    compiler: the engine's, so that a grammar is compiled once.
-    """
+def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> FastAPI:
+    """The service before an engine. `app.state.service` is what its routes share."""
+    if not settings.model_names or not settings.context_length:
+        raise ValueError("the service needs a name and a context length for its model")
     metrics = Metrics(engine)
     app = FastAPI(title="Tenfold", version=__version__, docs_url=None, redoc_url=None)
-    app.state.service = Service(engine, tokenizer, compiler or StructureCompiler(tokenizer), settings, metrics)
+    app.state.service = Service(engine, tokenizer, settings, metrics)
     app.include_router(router)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _misread)
-    callers = None if settings.keys is None else Callers(settings.keys)
+    callers = None if settings.api_keys is None else Callers(settings.api_keys)
     app.add_middleware(Gate, settings=settings, callers=callers, metrics=metrics, public=PROBES | _page_paths())
     if PAGE.is_dir():
         app.mount("/", StaticFiles(directory=PAGE, html=True))

@@ -29,10 +29,14 @@ class Engine(Protocol):
     """Turns requests into tokens."""
 
     async def submit(self, request: Request) -> AsyncGenerator[Update, None]:
-        """The updates of a request, to its last; closing it cancels the request.
+        """The updates of a request, with their text, to its last; closing it cancels the request.
 
-        Raises QueueFull, and ValueError for a request that could never be answered.
+        Raises QueueFull, and ValueError for what could never be answered, such as a grammar that is none.
         """
         ...
 
     def stats(self) -> Stats: ...
+
+    async def drain(self, seconds: float) -> None:
+        """Takes no more requests, cancels those that last longer, keeps what is to be kept, and stops."""
+        ...

@@ -9,8 +9,8 @@ from contextlib import nullcontext
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tenfold.server.callers import Caller, Callers
 from tenfold.server.errors import ApiError, error_response
-from tenfold.server.keys import Caller, Callers
 from tenfold.server.metrics import Metrics
 from tenfold.server.settings import Settings
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
-from tenfold.engine.request import FinishReason, TokenLogprob, Update, Usage
+from tenfold.engine.request import Update, Usage
 from tenfold.engine.sampler import SamplingParams
-from tenfold.engine.stopping import Stopping, Verdict
+from tenfold.server.callers import Caller
 from tenfold.server.errors import ApiError
-from tenfold.server.keys import Caller
 from tenfold.server.metrics import Metrics
 from tenfold.server.parts import Part, Reader
 from tenfold.server.reasoning import ReasoningReader
 from tenfold.server.settings import Settings
-from tenfold.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,20 +33,15 @@ class Step:
 
     choice: int
     parts: Sequence[Part] = ()
-    tokens: Sequence[int] = ()
-    logprobs: Sequence[Sequence[TokenLogprob]] = ()
-    prompt_logprobs: Sequence[Sequence[TokenLogprob]] | None = None
-    usage: Usage = field(default_factory=Usage)
+    update: Update
     reasoning_tokens: int = 0  # so far
-    finish: FinishReason | None = None
-    stopped_by: str | int | None = None
 
 
 class Generations:
     """All that are on their way."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: Settings, metrics: Metrics) -> None:
-        self.tokenizer, self.settings, self.metrics = tokenizer, settings, metrics
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings, self.metrics = settings, metrics
         self.running: set[Generation] = set()
 
     def stop_all(self) -> None:
@@ -68,7 +60,7 @@ class Generation:
         self.reasoning_tokens = [0] * len(asked)
         self._ended: set[int] = set()
         self._home, self._caller = home, caller
-        self._texts = [AnswerText(home.tokenizer, one) for one in asked]
+        self._parts = [AnswerParts(one.reader) for one in asked]
         self._queue: asyncio.Queue[tuple[int, Update | Exception]] = asyncio.Queue()
         self._pumps: list[asyncio.Task[None]] = []
         self._watch = home.metrics.watch(len(asked))
@@ -86,11 +78,11 @@ class Generation:
                 continue
             choice, update = item
             if choice in self._ended:
-                continue  # what the engine has written before it heard of the end
+                continue
             if isinstance(update, Exception):
                 raise update
             step = self._step(choice, update)
-            if step.finish is not None:
+            if step.update.finish is not None:
                 left -= 1
                 await self._end(choice)
             yield step
@@ -113,8 +105,8 @@ class Generation:
         if update.finish == "cancelled":
             raise stopping()
         self._watch.tokens(choice, len(update.tokens))
-        step = self._texts[choice].step(choice, update)
-        self.usages[choice] = step.usage
+        step = self._parts[choice].step(choice, update)
+        self.usages[choice] = update.usage
         self.reasoning_tokens[choice] = step.reasoning_tokens
         return step
 
@@ -166,52 +158,20 @@ def stopping() -> ApiError:
     return ApiError(503, "the service is stopping; ask again in a moment", retry_after=5)
 
 
-class AnswerText:
-    """Turns the tokens of one answer into parts: whole characters, and nothing of a stop string.
+class AnswerParts:
+    """Tells the parts of one answer apart."""
 
-    Stop strings are looked for here, where there is text; the engine is told of the end by its stream being closed.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, asked: Asked) -> None:
-        self._reader, params = asked.reader, asked.params
-        self._stopping = Stopping(
-            (),
-            strings=params.stop,
-            decoder=tokenizer.stream(skip_special_tokens=True),
-            min_tokens=params.min_tokens,
-        )
-        self._logprobs: deque[Sequence[TokenLogprob]] = deque()  # of tokens that are held back
-        self._count = self._reasoning_tokens = 0
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._reasoning_tokens = 0
 
     def step(self, choice: int, update: Update) -> Step:
-        """What an update adds; it may end the answer before the engine does."""
-        self._logprobs.extend(update.logprobs)
-        verdicts = list(self._read(update.tokens))
-        stop = verdicts[-1].stopped_by if verdicts else None
-        finish: FinishReason | None = "stop" if stop is not None else update.finish
-        if finish is not None and stop is None:
-            verdicts.append(self._stopping.finish())
-        parts = list(self._reader.push("".join(verdict.text for verdict in verdicts)))
-        tokens = [token for verdict in verdicts for token in verdict.tokens]
+        if isinstance(self._reader, ReasoningReader) and self._reader.reasoning:
+            self._reasoning_tokens += len(update.tokens)
+        parts = self._reader.push(update.text)
         return Step(
             choice=choice,
-            parts=[*parts, *(self._reader.finish() if finish else ())],
-            tokens=tokens,
-            logprobs=[self._logprobs.popleft() for _ in tokens] if self._logprobs else (),
-            prompt_logprobs=update.prompt_logprobs,
-            usage=replace(update.usage, completion_tokens=self._count),
+            parts=[*parts, *(self._reader.finish() if update.finish else ())],
+            update=update,
             reasoning_tokens=self._reasoning_tokens,
-            finish=finish,
-            stopped_by=update.stopped_by if stop is None else stop,
         )
-
-    def _read(self, tokens: Sequence[int]) -> Iterator[Verdict]:
-        """Up to the one that ends the answer."""
-        reasoning = isinstance(self._reader, ReasoningReader) and self._reader.reasoning
-        for token in tokens:
-            self._count += 1
-            self._reasoning_tokens += reasoning
-            verdict = self._stopping.push(token)
-            yield verdict
-            if verdict.finish is not None:
-                return

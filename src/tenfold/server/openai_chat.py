@@ -200,7 +200,7 @@ def usage_body(usage: Usage, reasoning_tokens: int) -> dict[str, Any]:
 
 
 def finish_reason(step: Step, called: bool) -> str | None:
-    return "tool_calls" if called and step.finish == "stop" else step.finish
+    return "tool_calls" if called and step.update.finish == "stop" else step.update.finish
 
 
 def logprob_body(tokenizer: Tokenizer, ranked: Sequence[TokenLogprob]) -> dict[str, Any]:
@@ -229,7 +229,7 @@ class ChatAnswer:
         """What a step adds, as a choice of a stream; None where it adds nothing."""
         logprobs = self._take(step)
         delta = self._delta(step)
-        if not delta and not logprobs and step.finish is None:
+        if not delta and not logprobs and step.update.finish is None:
             return None
         told = {"content": logprobs} if self._wants_logprobs and logprobs else None
         return {"index": self._index, "delta": delta, "logprobs": told, "finish_reason": self._finish}
@@ -238,7 +238,7 @@ class ChatAnswer:
         for part in step.parts:
             for _ in self._blocks.push(part):
                 pass
-        new = [logprob_body(self._tokenizer, ranked) for ranked in step.logprobs] if self._wants_logprobs else []
+        new = [logprob_body(self._tokenizer, ranked) for ranked in step.update.logprobs] if self._wants_logprobs else []
         self._logprobs += new
         self._finish = finish_reason(step, bool(self._blocks.calls()))
         return new

@@ -10,9 +10,9 @@ from uuid import uuid4
 from pydantic import Field
 
 from tenfold.engine.request import TokenLogprob
+from tenfold.server.callers import Caller
 from tenfold.server.errors import invalid
 from tenfold.server.generation import Asked, Generation, Step
-from tenfold.server.keys import Caller
 from tenfold.server.openai_chat import LOWEST_LOGPROB, StreamOptions, guided, usage_body
 from tenfold.server.parts import PlainReader, Text
 from tenfold.server.sampling import SamplingFields
@@ -57,7 +57,6 @@ async def start_completion(service: Service, request: CompletionRequest, caller:
     forms = [form for form in guided(request) if form is not None]
     if len(forms) > 1:
         raise invalid("more than one form of the answer is asked for: choose one")
-    await service.check_structure(forms[0] if forms else None)
     prompts, count = request.prompts(), request.n or 1
     if not 0 < len(prompts) * count <= service.settings.max_choices:
         limit = service.settings.max_choices
@@ -105,7 +104,7 @@ class Logprobs:
             self._add(token, ranks)
 
     def answer(self, step: Step) -> None:
-        for token, ranks in zip(step.tokens, step.logprobs, strict=True):
+        for token, ranks in zip(step.update.tokens, step.update.logprobs, strict=True):
             self._add(token, ranks)
 
     def _add(self, token: int, ranked: Ranked | None) -> None:
@@ -158,7 +157,7 @@ class Completions:
         async for step in self._generation.steps():
             if step is not None:
                 texts[step.choice] += self._take(step)
-                finishes[step.choice] = step.finish
+                finishes[step.choice] = step.update.finish
         choices = [self._choice(i, text, finishes[i]) for i, text in enumerate(texts)]
         return {**self._head, "choices": choices, "usage": usage_body(*self._generation.usage())}
 
@@ -170,15 +169,15 @@ class Completions:
                 yield HEARTBEAT
                 continue
             text = self._take(step)
-            if text or step.finish or (step.tokens and self._request.logprobs is not None):
-                yield event({**self._head, "choices": [self._choice(step.choice, text, step.finish)], **extra})
+            if text or step.update.finish or (step.update.tokens and self._request.logprobs is not None):
+                yield event({**self._head, "choices": [self._choice(step.choice, text, step.update.finish)], **extra})
         if extra:
             yield event({**self._head, "choices": [], "usage": usage_body(*self._generation.usage())})
         yield event("[DONE]")
 
     def _take(self, step: Step) -> str:
-        if step.prompt_logprobs is not None:
-            self._logprobs[step.choice].prompt(self._generation.prompt_ids[step.choice], step.prompt_logprobs)
+        if step.update.prompt_logprobs is not None:
+            self._logprobs[step.choice].prompt(self._generation.prompt_ids[step.choice], step.update.prompt_logprobs)
         if self._request.logprobs is not None:
             self._logprobs[step.choice].answer(step)
         return "".join(part.text for part in step.parts if isinstance(part, Text))

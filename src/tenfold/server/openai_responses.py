@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from pydantic import Field
 
-from tenfold.engine.request import Usage
+from tenfold.engine.request import Update, Usage
 from tenfold.engine.structure import Structure
 from tenfold.server.chat import Conversation
 from tenfold.server.errors import ApiError, invalid
@@ -155,7 +155,7 @@ class ResponseAnswer:
         self._request, self._generation = request, generation
         self._blocks = Blocks()
         self._ids: dict[int, str] = {}
-        self._last = Step(choice=0)
+        self._last = Step(choice=0, update=Update(request_id=-1))
         self._sequence = 0
         self._id, self._created = f"resp_{uuid4().hex}", int(time.time())
 
@@ -235,7 +235,7 @@ class ResponseAnswer:
         return {"id": item_id, "type": "message", "role": "assistant", "status": status, "content": content}
 
     def _response(self, status: str | None = None) -> dict[str, Any]:
-        request, cut = self._request, self._last.finish == "length"
+        request, cut = self._request, self._last.update.finish == "length"
         status = status or ("incomplete" if cut else "completed")
         finished = status in ("completed", "incomplete")
         return {
@@ -259,7 +259,7 @@ class ResponseAnswer:
             "tools": [{"strict": False, **tool.model_dump()} for tool in request.tools or ()],
             "top_p": request.top_p,
             "truncation": "disabled",
-            "usage": _usage(self._last.usage, self._last.reasoning_tokens) if finished else None,
+            "usage": _usage(self._last.update.usage, self._last.reasoning_tokens) if finished else None,
         }
 
     def _event(self, kind: str, fields: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,6 +12,7 @@ from tenfold.engine.structure import Structure
 from tenfold.server.errors import invalid
 from tenfold.server.settings import Settings
 
+N = TypeVar("N", int, float)
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -57,9 +58,9 @@ class SamplingFields(Fields):
             return SamplingParams(
                 max_tokens=max_tokens,
                 min_tokens=self.min_tokens or 0,
-                temperature=settings.temperature if self.temperature is None else self.temperature,
-                top_p=settings.top_p if self.top_p is None else self.top_p,
-                top_k=settings.top_k if self.top_k is None else max(self.top_k, 0),
+                temperature=_first(self.temperature, settings.temperature, 1.0),
+                top_p=_first(self.top_p, settings.top_p, 1.0),
+                top_k=max(0, _first(self.top_k, settings.top_k, 0)),
                 min_p=self.min_p or 0.0,
                 seed=choice + (secrets.randbits(62) if self.seed is None else self.seed),
                 repetition_penalty=self.repetition_penalty or 1.0,
@@ -74,6 +75,10 @@ class SamplingFields(Fields):
             )
         except ValueError as error:
             raise invalid(str(error)) from None
+
+
+def _first(asked: N | None, usual: N | None, else_: N) -> N:
+    return asked if asked is not None else usual if usual is not None else else_
 
 
 def stops(stop: str | list[str] | None) -> tuple[str, ...]:

@@ -4,35 +4,47 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
+import sys
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
-from tenfold.server.app import create_app
-from tenfold.server.backend import Engine
 from tenfold.server.settings import Settings
 from tenfold.server.wire import protocol
-from tenfold.tokenizer import Tokenizer
 
 CLOSING_SECONDS = 5.0  # for answers to tell that they were cut off
 
 
-def serve(engine: Engine, tokenizer: Tokenizer, settings: Settings, host: str, port: int) -> None:
+def serve(app: FastAPI, settings: Settings, host: str, port: int) -> None:
     """Answers until SIGTERM or SIGINT; then takes no more, and lets those on their way end.
 
-    Raises ValueError where the address can't be had."""
-    server = make_server(create_app(engine, tokenizer, settings), settings, host, port)
-    server.run()
-    if not server.started:
-        raise ValueError(f"cannot listen on {host}:{port}: is another service there? --port chooses another")
+    Raises OSError where the address can't be had.
+    """
+    with _listen(host, port) as listener:
+        address = listener.getsockname()
+        print(f"listening on http://{_shown(address[0])}:{address[1]}", file=sys.stderr, flush=True)
+        make_server(app, settings).run([listener])
 
 
-def make_server(app: FastAPI, settings: Settings, host: str, port: int) -> DrainingServer:
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}; choose another with --host and --port", f"{host}:{port}"
+        ) from None
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def make_server(app: FastAPI, settings: Settings) -> DrainingServer:
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         http=protocol(settings),
         ws="none",
         lifespan="off",
@@ -63,3 +75,4 @@ class DrainingServer(uvicorn.Server):
         cut = asyncio.get_running_loop().call_later(self._drain_seconds, self._service.generations.stop_all)
         await super().shutdown(sockets)
         cut.cancel()
+        await self._service.engine.drain(0)

@@ -5,23 +5,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tenfold.engine.request import Request
-from tenfold.engine.structure import Structure, StructureCompiler
+from tenfold.engine.structure import Structure
 from tenfold.server.backend import Engine, QueueFull
+from tenfold.server.callers import Caller
 from tenfold.server.chat import ChatFormat, Conversation, check_length, encode
 from tenfold.server.errors import ApiError, invalid
 from tenfold.server.generation import Asked, Generation, Generations, stopping
-from tenfold.server.keys import Caller
 from tenfold.server.metrics import Metrics
 from tenfold.server.sampling import SamplingFields
 from tenfold.server.settings import Settings
 from tenfold.server.structures import answer_structure
 from tenfold.tokenizer import Tokenizer
 
-WORKERS = 2  # threads that read prompts and grammars, however many come
+WORKERS = 2  # threads that read prompts, however many come
 ANY_TOOL = "any tool"  # no tool has a name like that
 
 
@@ -55,13 +55,10 @@ class ChatJob:
 class Service:
     """The engine behind the routes."""
 
-    def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, compiler: StructureCompiler, settings: Settings, metrics: Metrics
-    ) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, settings: Settings, metrics: Metrics) -> None:
         self.engine, self.tokenizer, self.settings, self.metrics = engine, tokenizer, settings, metrics
-        self.generations = Generations(tokenizer, settings, metrics)
+        self.generations = Generations(settings, metrics)
         self.chat = ChatFormat(tokenizer)
-        self.compiler = compiler
         self.began = int(time.time())
         self.draining = False
         self._workers = asyncio.Semaphore(WORKERS)
@@ -77,16 +74,6 @@ class Service:
         """A prompt as tokens, which leave room for one more. Raises ApiError."""
         async with self._workers:
             return await asyncio.to_thread(encode, self.tokenizer, text, self.settings.context_length - 1)
-
-    async def check_structure(self, structure: Structure | None) -> None:
-        """Raises ApiError for a form that no answer can have, or that is too complex."""
-        if structure is None:
-            return
-        try:
-            async with self._workers:
-                await asyncio.to_thread(self.compiler.compile, structure)
-        except ValueError as error:
-            raise invalid(str(error), param="response_format", code="invalid_structure") from None
 
     def check_ids(self, ids: list[int]) -> list[int]:
         """A prompt that came as tokens. Raises ApiError."""
@@ -142,7 +129,6 @@ class Service:
             parallel=job.parallel,
             reasoning=self.chat.reader(prompt, tools).reasoning,
         )
-        await self.check_structure(structure)
         borders, limit = self.chat.borders(ids), self.max_tokens(job.max_tokens, ids)
         asked = [
             Asked(
@@ -161,7 +147,7 @@ class Service:
         isolated = caller is not None and self.settings.isolate_cache
         return Request(
             prompt_ids=asked.prompt_ids,
-            params=replace(asked.params, stop_ids=self.tokenizer.stop_ids, stop=()),
+            params=asked.params,
             borders=asked.borders,
             isolation=caller.isolation if caller is not None and isolated else "",
         )

@@ -13,9 +13,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from tenfold.server.callers import Caller
 from tenfold.server.errors import ApiError, error_body
 from tenfold.server.generation import Generation
-from tenfold.server.keys import Caller
 
 T = TypeVar("T")
 HEARTBEAT = ": still working\n\n"
