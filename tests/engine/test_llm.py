@@ -8,13 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from tenfold import cli
-from tenfold.engine import LLM, Sampler, SamplingParams, generate, stream_text
-from tenfold.engine.sampler import nucleus
+from tenfold.engine import LLM, SamplingParams, generate, stream_text
 from tenfold.kernels import cpu
 from tenfold.models import Model
 from tenfold.models.native import NativeModel
@@ -88,72 +85,6 @@ def test_ends_where_the_context_is_full() -> None:
 def test_bad_prompts_are_refused_on_the_call(prompt: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(Counting(), prompt, GREEDY)
-
-
-# ---- sampling ----------------------------------------------------------------------------------------------
-
-LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=40).map(torch.tensor)
-
-
-@given(logits=LOGITS, top_p=st.floats(0.01, 1), temperature=st.floats(0.1, 3), seed=st.integers(0, 99))
-def test_samples_come_from_the_nucleus(logits: Tensor, top_p: float, temperature: float, seed: int) -> None:
-    params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
-    draws = [Sampler(params)(logits) for _ in range(2)]
-    assert draws[0] == draws[1]
-    probabilities = (logits / temperature).softmax(-1)
-    likelier = probabilities[probabilities > probabilities[draws[0]]].sum()
-    assert likelier <= top_p + 1e-5
-
-
-@given(logits=LOGITS, top_p=st.floats(0.01, 1))
-def test_nucleus_is_the_smallest_that_suffices(logits: Tensor, top_p: float) -> None:
-    probabilities = logits.softmax(-1)
-    kept = nucleus(probabilities, top_p)
-    inside = kept > 0
-    assert kept.sum() >= min(top_p, 1) - 1e-5
-    if inside.sum() > 1:
-        assert kept.sum() - kept[inside].min() < top_p + 1e-5
-    assert torch.equal(kept[inside], probabilities[inside])
-
-
-@given(logits=LOGITS)
-def test_temperature_zero_takes_the_likeliest(logits: Tensor) -> None:
-    assert Sampler(SamplingParams(temperature=0))(logits) == int(logits.argmax())
-
-
-def test_frequencies_are_the_probabilities() -> None:
-    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
-    sampler = Sampler(SamplingParams(temperature=1, top_p=0.8, seed=0))
-    counts = torch.bincount(torch.tensor([sampler(probabilities.log()) for _ in range(4000)]), minlength=4)
-    assert torch.allclose(counts / 4000, torch.tensor([0.5, 0.25, 0.15, 0]) / 0.9, atol=0.03)
-
-
-def test_requests_do_not_share_a_random_stream() -> None:
-    params, logits = SamplingParams(temperature=1, top_p=1, seed=3), torch.zeros(1000)
-    alone = Sampler(params)
-    expected = [alone(logits) for _ in range(5)]
-    beside, other = Sampler(params), Sampler(replace(params, seed=4))
-    found = []
-    for _ in range(5):
-        found.append(beside(logits))
-        other(logits)
-        torch.rand(3)
-    assert found == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("max_tokens", -1),
-        ("temperature", -0.1),
-        ("temperature", float("nan")),
-        ("top_p", 0.0),
-        ("top_p", 1.5),
-    ],
-)
-def test_bad_parameters(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{name} must"):
-        SamplingParams(**{name: value})  # type: ignore[arg-type]
 
 
 # ---- real models -------------------------------------------------------------------------------------------

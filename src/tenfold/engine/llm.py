@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from tenfold.engine.sampler import Sampler, SamplingParams
+from tenfold.engine.stopping import Stopping
+from tenfold.engine.structure import Constraint, StructureCompiler
 from tenfold.models import Config
 from tenfold.models.native import NativeModel, load_native
 from tenfold.models.weights import load
@@ -34,15 +36,21 @@ class LanguageModel(Protocol[C]):
         ...
 
 
-def generate(model: LanguageModel[C], prompt_ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
+def generate(
+    model: LanguageModel[C],
+    prompt_ids: Sequence[int],
+    params: SamplingParams,
+    constraint: Constraint | None = None,
+) -> Iterator[int]:
     """Yields tokens that continue the prompt, each as soon as it is known.
 
-    Ends after `max_tokens`, before a stop token (one of `params` or an eos token of the configuration), or
-    where the context is full. Raises ValueError, on the call, for a prompt that is empty, too long, or not of
-    the model's vocabulary.
+    Ends after `max_tokens`, before a stop token (one of `params` or an eos token of the configuration), where the
+    constraint, made of `params.structure`, is fulfilled, or where the context is full; of stop strings it knows
+    nothing. Raises ValueError, on the call, for a prompt that is empty, too long, or not of the model's vocabulary.
     """
     _check_prompt(prompt_ids, model.config)
-    return _tokens(model, list(prompt_ids), params)
+    params.check_vocabulary(model.config.vocab_size)
+    return _tokens(model, list(prompt_ids), params, constraint)
 
 
 def _check_prompt(prompt_ids: Sequence[int], config: Config) -> None:
@@ -57,17 +65,27 @@ def _check_prompt(prompt_ids: Sequence[int], config: Config) -> None:
         raise ValueError(f"the prompt has token {bad}, the model knows 0 to {last}: is it its tokenizer?")
 
 
-def _tokens(model: LanguageModel[C], prompt_ids: list[int], params: SamplingParams) -> Iterator[int]:
+def _tokens(
+    model: LanguageModel[C], prompt_ids: list[int], params: SamplingParams, constraint: Constraint | None
+) -> Iterator[int]:
     cache = model.new_cache()
-    sampler, stops = Sampler(params), {*params.stop_ids, *eos_ids(model.config)}
+    eos = () if params.ignore_eos else eos_ids(model.config)
+    sampler, stops = Sampler(params, prompt_ids, eos), {*params.stop_ids, *eos}
     room = model.config.max_position_embeddings - len(prompt_ids)
+    answer: list[int] = []
     fresh = prompt_ids
-    for _ in range(min(params.max_tokens, room)):
+    for position in range(min(params.max_tokens, room)):
         with torch.no_grad():
-            token = sampler(model.next_logits(fresh, cache))
+            logits = model.next_logits(fresh, cache)
+        token = sampler.sample(logits, position, answer, constraint.mask() if constraint else None)
         if token in stops:
             return
         yield token
+        if constraint:
+            constraint.advance(token)
+            if constraint.is_done:
+                return
+        answer.append(token)
         fresh = [token]
 
 
@@ -89,6 +107,18 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
         yield rest
 
 
+def stopped_text(stopping: Stopping, ids: Iterable[int]) -> Iterator[str]:
+    """The text of tokens as they come, up to where it ends."""
+    for token in ids:
+        verdict = stopping.push(token)
+        if verdict.text:
+            yield verdict.text
+        if verdict.finish:
+            return
+    if rest := stopping.finish().text:
+        yield rest
+
+
 def continue_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, max_tokens: int) -> str:
     """What the model writes after the prompt, always the same: a sample to judge a training by."""
     return "".join(LLM(model, tokenizer).generate(prompt, SamplingParams(max_tokens=max_tokens)))
@@ -106,6 +136,7 @@ class LLM:
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self._structures = StructureCompiler(tokenizer)
 
     @classmethod
     def load(
@@ -130,12 +161,16 @@ class LLM:
     def generate(self, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
         """Continues the text; an empty one is begun as a new document. Yields pieces of text.
 
-        Raises ValueError, on the call, for a prompt that is too long.
+        Raises ValueError, on the call, for a prompt that is too long, or a structure that cannot be had.
         """
         ids = self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]
         params = params or SamplingParams()
-        stops = (*params.stop_ids, *self.tokenizer.stop_ids)
-        return stream_text(self.tokenizer, generate(self.model, ids, replace(params, stop_ids=stops)))
+        stops = () if params.ignore_eos else self.tokenizer.stop_ids
+        constraint = self._structures.compile(params.structure) if params.structure else None
+        params = replace(params, stop_ids=(*params.stop_ids, *stops))
+        decoder = self.tokenizer.stream(skip_special_tokens=True)
+        stopping = Stopping((), strings=params.stop, decoder=decoder, min_tokens=params.min_tokens)
+        return stopped_text(stopping, generate(self.model, ids, params, constraint))
 
     def chat(self, messages: Sequence[Mapping[str, str]], params: SamplingParams | None = None) -> Iterator[str]:
         """Answers messages, which have `role` and `content`. Yields pieces of text; errors as above."""

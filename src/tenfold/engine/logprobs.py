@@ -1,0 +1,17 @@
+"""How likely tokens were, by the model's own distribution."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from tenfold.engine.request import TokenLogprob
+from tenfold.engine.sampler import likeliest
+
+
+def logprobs(logits: Tensor, token: int, count: int) -> list[TokenLogprob]:
+    """That of the token, then those of the `count` likeliest, equal ones by number; logits `[vocab]`."""
+    scores = logits.detach().float().cpu().numpy()
+    best = scores.max()
+    total = float(best) + float(np.log(np.exp(scores - best).sum(dtype=np.float64)))
+    return [TokenLogprob(int(i), float(scores[i]) - total) for i in (token, *likeliest(scores, count))]
