@@ -138,6 +138,11 @@ class Tokenizer:
         found = (self.token_id(token) for token in (self._special("eos_token"), TURN_END))
         return tuple(dict.fromkeys((self.eos_id, *(i for i in found if i is not None))))
 
+    @property
+    def special_ids(self) -> list[int]:
+        """Tokens that are no text, and that answers are shown without."""
+        return [i for i, token in self._backend.get_added_tokens_decoder().items() if token.special]
+
     def token_id(self, token: str | None) -> int | None:
         """The id of a token; None where there is none."""
         return None if token is None else self._backend.token_to_id(token)
@@ -162,8 +167,7 @@ class Tokenizer:
 
     def stream(self, skip_special_tokens: bool = False) -> StreamDecoder:
         """A decoder for tokens that come one at a time."""
-        special = self._backend.get_added_tokens_decoder() if skip_special_tokens else {}
-        return StreamDecoder(self._backend, frozenset(i for i, token in special.items() if token.special))
+        return StreamDecoder(self._backend, frozenset(self.special_ids if skip_special_tokens else ()))
 
     def apply_chat_template(
         self,

@@ -82,10 +82,10 @@ class FakeEngine:
         ranks: list[Sequence[TokenLogprob]] = [[], *(self.ranked(token) for token in request.prompt_ids[1:])]
         first = None if params.prompt_logprobs is None else ranks
         count = 0
-        for token in [*self.answer(request), self.tokenizer.eos_id] if params.max_tokens else ():
+        for token in [*self.answer(request), end] if params.max_tokens else ():
             await asyncio.sleep(self.seconds_per_token)
             verdict = stopping.push(token)
-            count += token != self.tokenizer.eos_id
+            count += token != end
             yield Update(
                 request_id=request.id,
                 tokens=verdict.tokens,

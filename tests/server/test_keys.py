@@ -126,7 +126,7 @@ def test_every_route_but_health_and_page_wants_a_key(path: Path, servers: Callab
     routes = [(method, route) for route, methods in description["paths"].items() for method in methods]
     assert len(routes) > 10
     for method, route in [*routes, ("get", "/openapi.json"), ("get", "/v1/nothing"), ("get", "/v1/models/fake")]:
-        for headers in ({}, bearer("tf-wrong"), {"authorization": f"Basic {secret}"}, {"x-api-key": "\u00e9"}):
+        for headers in ({}, bearer("tf-wrong"), {"authorization": f"Basic {secret}"}, {"x-api-key": "no such key"}):
             response = httpx.request(method, f"{server.url}{route}", headers=headers)
             assert response.status_code == (200 if route in ("/health", "/ready") else 401), route
     assert httpx.get(f"{server.url}/").status_code in (200, 404)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import httpx
@@ -19,6 +20,8 @@ import pytest
 from tenfold import cli
 from tenfold.server import keys
 from tenfold.server.keys import Key
+from tenfold.server.launch import EngineOptions
+from tenfold.server.settings import Settings
 
 SCRIPT = Path(__file__).with_name("conftest.py")
 
@@ -103,3 +106,9 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         assert cli.main(["serve", str(tmp_path / "no-such-model"), *options]) == cli.MISTAKE
         error = capsys.readouterr().err
         assert complaint in error and error.count("\n") == 1
+
+
+def test_every_knob_is_in_the_table() -> None:
+    table = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    names = {field.name for options in (Settings, EngineOptions) for field in fields(options)}
+    assert set(re.findall(r"`--([a-z-]+)`", table)) >= {name.replace("_", "-") for name in names}

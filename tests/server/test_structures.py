@@ -46,13 +46,18 @@ NOW: dict[Format, str] = {
 
 @cache
 def compiler() -> StructureCompiler:
-    return StructureCompiler(Tokenizer.embedded())
+    return StructureCompiler(tokenizer())
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    return Tokenizer.embedded()
 
 
 def allowed(structure: Structure | None, text: str) -> bool:
     """Whether a model may write just this text."""
     assert structure is not None
-    constraint, ids = compiler().compile(structure), Tokenizer.embedded().encode(text)
+    constraint, ids = compiler().compile(structure), tokenizer().encode(text)
     if constraint.legal(ids) < len(ids):
         return False
     for token in ids:
@@ -63,8 +68,7 @@ def allowed(structure: Structure | None, text: str) -> bool:
 def structure(
     format: Format, form: Structure | None = None, calls: Any = (), parallel: bool = True, reasoning: bool = False
 ) -> Structure | None:
-    tags = {"<tool_call>", "</tool_call>", "</think>"}
-    return answer_structure(form, calls, format, tags, parallel=parallel, reasoning=reasoning)
+    return answer_structure(form, calls, format, parallel=parallel, reasoning=reasoning)
 
 
 @pytest.mark.parametrize("format", ["hermes", "xml"])

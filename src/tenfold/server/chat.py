@@ -13,7 +13,6 @@ from tenfold.server.reasoning import ReasoningReader, begins_in_reasoning
 from tenfold.server.tools import Format, ToolReader, tool_format
 from tenfold.tokenizer import TURN_START, Tokenizer, slices
 
-TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 Message = Mapping[str, Any]  # role, content, and as it may be reasoning_content, tool_calls, tool_call_id
 
 
@@ -34,7 +33,6 @@ class ChatFormat:
         template = tokenizer.config.get("chat_template")
         self._template = template if isinstance(template, str) else ""
         self.tools: Format | None = tool_format(self._template)
-        self.tag_tokens = frozenset(tag for tag in TAGS if tokenizer.token_id(tag) is not None)
         self._turn = tokenizer.token_id(TURN_START)
 
     def prompt(self, conversation: Conversation) -> str:

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tenfold.engine.llm import start_native
 from tenfold.kernels import cpu
+from tenfold.models.native import NativeModel
 from tenfold.server import keys
 from tenfold.server.settings import Settings
 from tenfold.tokenizer import Tokenizer
@@ -54,15 +56,10 @@ def start_engine(model: str, options: EngineOptions) -> tuple[Any, Tokenizer, in
 
     Raises ValueError where the checkpoint has no tokenizer, and as `load_native`.
     """
+    native, tokenizer = _load(model, options)
     from tenfold.engine.engine import Engine, EngineSettings  # pyright: ignore[reportMissingImports]
-    from tenfold.engine.llm import start_native
     from tenfold.engine.loop import EngineLoop  # pyright: ignore[reportMissingImports]
 
-    if options.threads is not None:
-        cpu.set_threads(options.threads)
-    native, tokenizer = start_native(model, options.quantization)
-    if tokenizer is None:
-        raise ValueError(f"{model}: no tokenizer.json, which is needed to read a prompt")
     engine = Engine(
         native,
         EngineSettings(
@@ -76,6 +73,15 @@ def start_engine(model: str, options: EngineOptions) -> tuple[Any, Tokenizer, in
         tokenizer,
     )
     return EngineLoop(engine), tokenizer, engine.context
+
+
+def _load(model: str, options: EngineOptions) -> tuple[NativeModel, Tokenizer]:
+    if options.threads is not None:
+        cpu.set_threads(options.threads)
+    native, tokenizer = start_native(model, options.quantization)
+    if tokenizer is None:
+        raise ValueError(f"{model}: no tokenizer.json, which is needed to read a prompt")
+    return native, tokenizer
 
 
 def _with_keys(settings: Settings, host: str) -> Settings:

@@ -125,7 +125,6 @@ class Service:
             None if forced else job.form,
             forced or (tools if job.form else ()),
             self.chat.tools or "hermes",
-            self.chat.tag_tokens,
             parallel=job.parallel,
             reasoning=self.chat.reader(prompt, tools).reasoning,
         )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from tenfold.engine.structure import Structure
@@ -50,15 +49,13 @@ def answer_structure(
     form: Structure | None,
     calls: Sequence[Tool],
     format: Format,
-    tokens: Container[str],
     *,
     parallel: bool,
     reasoning: bool,
 ) -> Structure | None:
     """An answer that has this form or is nothing but calls of these tools, behind reasoning that is free.
 
-    tokens: those of the tags that are one token, which is then the only way to write them. reasoning: the answer
-    begins in the middle of it.
+    reasoning: the answer begins in the middle of it.
     """
     if form is None and not calls:
         return None
@@ -67,12 +64,12 @@ def answer_structure(
     choices = [*(["form"] if form else []), *(["calls"] if calls else [])]
     lines = [f"start: {'thought BREAKS ' if reasoning else ''}({' | '.join(choices)})"]
     if reasoning:
-        lines += [_until("thought", THOUGHT_END, tokens), "BREAKS: /\\n*/"]
+        lines += [f"thought[suffix={_quoted(THOUGHT_END)}]: {ANY_TEXT}", "BREAKS: /\\n*/"]
     if form is not None:
         lines += [f"form: {_form(form)}"]
     if calls:
         rule = _hermes_rule if format == "hermes" else _xml_rule
-        opening, closing = _literal(OPEN + "\n", tokens), _literal("\n" + CLOSE, tokens)
+        opening, closing = _quoted(OPEN + "\n"), _quoted("\n" + CLOSE)
         lines += [f"calls: call{' (BREAK call)*' if parallel else ''}", 'BREAK: "\\n"']
         lines += [f"call: {opening} ({' | '.join(f'call{i}' for i in range(len(calls)))}) {closing}"]
         lines += [line for i, tool in enumerate(calls) for line in rule(i, tool["function"])]
@@ -117,17 +114,6 @@ def _xml_argument(rule: str, name: str, schema: Mapping[str, Any]) -> list[str]:
     if is_string(schema):
         return [f"{rule}: {head} {rule}_text", f"{rule}_text[suffix={tail}]: {ANY_TEXT}"]
     return [f"{rule}: {head} {rule}_value {tail}", f"{rule}_value: %json {json.dumps(schema)}"]
-
-
-def _until(rule: str, tag: str, tokens: Container[str]) -> str:
-    """A rule for any text, and the tag that ends it."""
-    return f"{rule}: {ANY_TEXT} {tag}" if tag in tokens else f"{rule}[suffix={_quoted(tag)}]: {ANY_TEXT}"
-
-
-def _literal(text: str, tokens: Container[str]) -> str:
-    """Text in which tags may be tokens."""
-    pieces = [piece for piece in re.split(f"({OPEN}|{CLOSE})", text) if piece]
-    return " ".join(piece if piece in tokens else _quoted(piece) for piece in pieces)
 
 
 def _quoted(text: str) -> str:
