@@ -74,11 +74,9 @@ class FakeEngine:
 
     async def updates(self, request: Request) -> AsyncGenerator[Update, None]:
         await asyncio.sleep(self.prefill_seconds)
-        params = request.params
+        params, end = request.params, self.tokenizer.eos_id
         decoder = self.tokenizer.stream(skip_special_tokens=True)
-        stopping = Stopping(
-            (self.tokenizer.eos_id,), strings=params.stop, decoder=decoder, max_tokens=params.max_tokens
-        )
+        stopping = Stopping((end,), strings=params.stop, decoder=decoder, max_tokens=params.max_tokens)
         ranks: list[Sequence[TokenLogprob]] = [[], *(self.ranked(token) for token in request.prompt_ids[1:])]
         first = None if params.prompt_logprobs is None else ranks
         count = 0
