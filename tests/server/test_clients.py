@@ -17,6 +17,7 @@ from tenfold.server.settings import Settings
 if TYPE_CHECKING:
     from tests.server.conftest import Running
 
+HTTP = httpx.Client(timeout=20)  # one for all: each would load the certificates anew
 USER: Any = {"role": "user", "content": "weather?"}
 CALLS = (
     'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Bern", "days": 2}}\n</tool_call>\n'
@@ -357,7 +358,7 @@ def test_a_batch_that_finds_no_room_leaves_nothing_behind(server: Running, clien
 def test_what_takes_too_long_is_ended(servers: Callable[[Settings], Running]) -> None:
     server = servers(Settings(model_names=("fake",), context_length=500, request_seconds=0.2))
     server.engine.prefill_seconds = 5
-    whole = httpx.post(f"{server.url}/v1/chat/completions", json=body(False))
+    whole = HTTP.post(f"{server.url}/v1/chat/completions", json=body(False))
     assert whole.status_code == 504 and "longer than the 0.2 s" in whole.json()["error"]["message"]
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body(True)) as response:
         events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
@@ -378,7 +379,7 @@ def test_an_engine_that_fails_is_told_and_the_next_request_is_answered(server: R
 
 def test_metrics_count_what_happened(server: Running, client: openai.OpenAI) -> None:
     def value(name: str) -> float:
-        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        lines = HTTP.get(f"{server.url}/metrics").text.splitlines()
         return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
     names = ("tenfold_cached_tokens_total", "tenfold_accepted_tokens_total", "tenfold_first_token_seconds_count")
@@ -392,8 +393,8 @@ def test_metrics_count_what_happened(server: Running, client: openai.OpenAI) -> 
 
 
 def test_tokens_and_back(server: Running) -> None:
-    tokens = httpx.post(f"{server.url}/tokenize", json={"prompt": "né à 🌞"}).json()
+    tokens = HTTP.post(f"{server.url}/tokenize", json={"prompt": "né à 🌞"}).json()
     assert tokens["tokens"] == server.engine.tokenizer.encode("né à 🌞") and tokens["count"] == len(tokens["tokens"])
-    assert httpx.post(f"{server.url}/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": "né à 🌞"}
-    chat = httpx.post(f"{server.url}/tokenize", json={"messages": [USER]}).json()
+    assert HTTP.post(f"{server.url}/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": "né à 🌞"}
+    chat = HTTP.post(f"{server.url}/tokenize", json={"messages": [USER]}).json()
     assert server.engine.tokenizer.decode(chat["tokens"]).endswith("<|im_start|>assistant\n")

@@ -23,6 +23,7 @@ from tenfold.server.settings import Settings
 if TYPE_CHECKING:
     from tests.server.conftest import Running
 
+HTTP = httpx.Client(timeout=20)  # one for all: each would load the certificates anew
 COMPLETION = {"model": "fake", "prompt": "a b c", "max_tokens": 4}
 
 
@@ -122,17 +123,17 @@ def test_a_caller_gets_what_its_key_allows() -> None:
 def test_every_route_but_health_and_page_wants_a_key(path: Path, servers: Callable[[Settings], Running]) -> None:
     secret = keys.add(path, Key(name="alice"))
     server = servers(Settings(model_names=("fake",), context_length=500, api_keys=path))
-    description = httpx.get(f"{server.url}/openapi.json", headers=bearer(secret)).json()
+    description = HTTP.get(f"{server.url}/openapi.json", headers=bearer(secret)).json()
     routes = [(method, route) for route, methods in description["paths"].items() for method in methods]
     assert len(routes) > 10
     for method, route in [*routes, ("get", "/openapi.json"), ("get", "/v1/nothing"), ("get", "/v1/models/fake")]:
         for headers in ({}, bearer("tf-wrong"), {"authorization": f"Basic {secret}"}, {"x-api-key": "no such key"}):
-            response = httpx.request(method, f"{server.url}{route}", headers=headers)
+            response = HTTP.request(method, f"{server.url}{route}", headers=headers)
             assert response.status_code == (200 if route in ("/health", "/ready") else 401), route
-    assert httpx.get(f"{server.url}/").status_code in (200, 404)
+    assert HTTP.get(f"{server.url}/").status_code in (200, 404)
     for headers in (bearer(secret), {"authorization": f"bearer  {secret}"}, {"x-api-key": secret}):
-        assert httpx.post(f"{server.url}/v1/completions", headers=headers, json=COMPLETION).status_code == 200
-    refused = httpx.post(f"{server.url}/v1/messages", json={}).json()
+        assert HTTP.post(f"{server.url}/v1/completions", headers=headers, json=COMPLETION).status_code == 200
+    refused = HTTP.post(f"{server.url}/v1/messages", json={}).json()
     assert refused["error"]["type"] == "authentication_error"
 
 
@@ -141,7 +142,7 @@ def test_keys_come_and_go_while_the_service_runs(path: Path, servers: Callable[[
     server = servers(Settings(model_names=("fake",), context_length=500, api_keys=path))
 
     def status(secret: str) -> int:
-        return httpx.get(f"{server.url}/v1/models", headers=bearer(secret)).status_code
+        return HTTP.get(f"{server.url}/v1/models", headers=bearer(secret)).status_code
 
     second = keys.add(path, Key(name="second"))
     assert status(second) == 200
@@ -161,7 +162,7 @@ def test_limits_of_a_key(path: Path, servers: Callable[[Settings], Running]) -> 
     server = servers(Settings(model_names=("fake",), context_length=500, api_keys=path))
 
     def post(secret: str, **fields: object) -> httpx.Response:
-        return httpx.post(f"{server.url}/v1/completions", headers=bearer(secret), json=COMPLETION | fields)
+        return HTTP.post(f"{server.url}/v1/completions", headers=bearer(secret), json=COMPLETION | fields)
 
     assert [post(few).status_code for _ in range(3)] == [200, 200, 429]
     assert [post(small).status_code for _ in range(2)] == [200, 200]  # 3 and 4 tokens each: overdrawn
@@ -185,7 +186,7 @@ def test_isolated_keys_share_no_prefix(path: Path, servers: Callable[[Settings],
     secrets = [keys.add(path, Key(name=name)) for name in ("a", "b")]
     server = servers(Settings(model_names=("fake",), context_length=500, api_keys=path, isolate_cache=isolate))
     for secret in (*secrets, secrets[0]):
-        httpx.post(f"{server.url}/v1/completions", headers=bearer(secret), json=COMPLETION)
+        HTTP.post(f"{server.url}/v1/completions", headers=bearer(secret), json=COMPLETION)
     words = [request.isolation for request in server.engine.requests]
     assert (words[0] == words[2]) and (len(set(words)) == (2 if isolate else 1))
     content = json.loads(path.read_text())

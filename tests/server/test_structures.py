@@ -18,6 +18,7 @@ from tenfold.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from tests.server.conftest import Running
 
+HTTP = httpx.Client(timeout=20)  # one for all: each would load the certificates anew
 ADD: dict[str, Any] = {
     "name": "add",
     "parameters": {
@@ -144,6 +145,6 @@ def schema(value: object) -> dict[str, Any]:
 )
 def test_forms_that_no_answer_can_have_are_refused_at_once(server: Running, fields: dict[str, Any]) -> None:
     chat = {"model": "fake", "messages": [{"role": "user", "content": "hi"}]}
-    response = httpx.post(f"{server.url}/v1/chat/completions", json=chat | fields, timeout=20)
+    response = HTTP.post(f"{server.url}/v1/chat/completions", json=chat | fields, timeout=20)
     assert response.status_code == 400 and response.json()["error"]["type"] == "invalid_request_error"
     assert not server.engine.requests
