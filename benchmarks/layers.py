@@ -2,28 +2,22 @@
 
     python benchmarks/layers.py --threads 1
 
-Shapes are those of Qwen3-Next-80B-A3B. Decoding is bound by memory: its share is of the read speed that the
-same run measures, for the bytes that are read and written. Prefill is bound by arithmetic: its share is of
-what torch's fp32 product reaches. Each case is compared with torch before anything is timed. Cases and torch
-take turns, so that a neighbour's load falls on all of them; with one thread the time is the thread's own.
+Shapes are those of Qwen3-Next-80B-A3B. Decoding is bound by memory: what counts is the share of the read speed, for
+the bytes that are read and written. Prefill is bound by arithmetic: what counts is the share of torch's fp32 product.
+Each case is compared with torch before anything is timed. With one thread the time is the thread's own.
 """
 
 from __future__ import annotations
 
-import platform
-import statistics
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import tyro
-from products import processor
+from timing import Case, Limits, check, clock, machine_lines, report, take_turns
 from torch import Tensor
 from torch.nn import functional as F
 
-from tenfold import __version__
 from tenfold.kernels import cpu
 from tenfold.ops.attention import attention
 from tenfold.ops.causal_conv import causal_conv1d
@@ -34,7 +28,6 @@ from tenfold.ops.rotary import rotary, rotary_table
 KEY_HEADS, VALUE_HEADS, DIM, WIDTH = 16, 32, 128, 4  # Gated DeltaNet
 HEADS, KV_HEADS, HEAD_DIM, ROTATED, PAGE = 16, 2, 256, 64, 32  # gated attention
 EPS = 1e-6
-SECONDS_A_TURN = 0.03  # short cases are repeated, so that the clock and the first call do not count
 SLOTS = 24  # states that decoding goes through in turn, so that none stays in a cache
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 ERRORS = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 1e-2, "int8": 2e-2}  # relative to torch in fp32
@@ -48,17 +41,6 @@ class Options:
     past: list[int] = field(default_factory=lambda: [0, 8192])
     types: list[str] = field(default_factory=lambda: list(TYPES))
     rounds: int = 9
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    isa: str
-    operations: float
-    nbytes: float
-    tokens: int
-    run: Callable[[int], object]
-    seconds: list[float] = field(default_factory=list)
 
 
 def delta_net_cases(isas: list[str], tokens: int) -> list[Case]:
@@ -87,15 +69,15 @@ def delta_net_cases(isas: list[str], tokens: int) -> list[Case]:
 
     operations = 7.0 * tokens * VALUE_HEADS * DIM * DIM
     nbytes = 2.0 * sum(x[0].nbytes for x in states)
-    name = f"gated delta net x{tokens}"
-    cases = [Case(name, "torch", operations, nbytes, tokens, peer)]
+    case = partial(Case, group=f"gated delta net x{tokens}", operations=operations, nbytes=nbytes)
+    cases = [case(name="torch", run=peer)]
     right = peer(0)
     for isa in isas:
         cpu.use_isa(isa)
         for state, start in zip(states, first, strict=True):
             state[:1] = start
-        check(name, native(0), right, ERRORS["fp32"])
-        cases.append(Case(name, isa, operations, nbytes, tokens, native))
+        check(f"gated delta net x{tokens} {isa}", native(0), right, ERRORS["fp32"])
+        cases.append(case(name=isa, isa=isa, run=native))
     return cases
 
 
@@ -119,7 +101,8 @@ def attention_cases(isas: list[str], tokens: int, past: int, types: list[str]) -
     operations = 4.0 * pairs * HEADS * HEAD_DIM
     name = f"attention x{tokens} after {past}"
     nbytes = 2.0 * total * KV_HEADS * HEAD_DIM
-    cases, right = [Case(f"{name} fp32", "torch", operations, 4 * nbytes, tokens, peer)], peer(0)
+    case = partial(Case, group=name, operations=operations)
+    cases, right = [case(name="torch fp32", run=peer, nbytes=4 * nbytes)], peer(0)
     table = torch.randperm(-(-total // PAGE)).tolist()
     for type in types:
         arrays = cpu.empty_pages(len(table), KV_HEADS, HEAD_DIM, PAGE, TYPES[type])
@@ -136,56 +119,10 @@ def attention_cases(isas: list[str], tokens: int, past: int, types: list[str]) -
             cpu.attention(q[:past], k[:past], v[:past], weight, weight, pages, before, gated=True)
         for isa in isas:
             cpu.use_isa(isa)
-            check(f"{name} {type}", native(0), right, ERRORS[type])
+            check(f"{name} {isa} {type}", native(0), right, ERRORS[type])
             size = arrays[0].element_size()
-            cases.append(Case(f"{name} {type}", isa, operations, size * nbytes, tokens, native))
+            cases.append(case(name=f"{isa} {type}", isa=isa, run=native, nbytes=size * nbytes))
     return cases
-
-
-def check(name: str, y: Tensor, expected: Tensor, largest: float) -> None:
-    error = ((y - expected).norm() / expected.norm()).item()
-    if not error < largest:
-        sys.exit(f"{name}: relative difference {error:.3g} from torch")
-
-
-def product_gflops(clock: Callable[[], float], size: int = 1024) -> float:
-    """What torch's fp32 product reaches, the best of some runs."""
-    a, best = torch.randn(size, size), float("inf")
-    for _ in range(10):
-        start = clock()
-        torch.mm(a, a)
-        best = min(best, clock() - start)
-    return 2e-9 * size**3 / best
-
-
-def measure(cases: list[Case], options: Options, clock: Callable[[], float]) -> None:
-    for i in range(options.rounds + 1):
-        for case in cases:
-            if case.isa != "torch":
-                cpu.use_isa(case.isa)
-            calls = max(1, int(SECONDS_A_TURN / case.seconds[0])) if i else 1
-            start = clock()
-            for j in range(calls):
-                case.run(i + j)
-            case.seconds.append((clock() - start) / calls)
-    for case in cases:
-        del case.seconds[0]  # warmed up
-
-
-def report(cases: list[Case], read_gb_s: float, gflops: float) -> None:
-    print(
-        f"{'':28} {'isa':9} {'median us':>10} {'spread':>7} {'GFLOP/s':>8} {'GB/s':>6} {'of limit':>9} {'of torch':>9}"
-    )
-    peer = 0.0
-    for case in cases:
-        median, quarters = statistics.median(case.seconds), statistics.quantiles(case.seconds, n=4)
-        peer = median if case.isa == "torch" else peer
-        speed, rate = case.operations / median / 1e9, case.nbytes / median / 1e9
-        share = rate / read_gb_s if case.tokens == 1 else speed / gflops
-        print(
-            f"{case.name:28} {case.isa:9} {median * 1e6:10.0f} {(quarters[2] - quarters[0]) / median:7.0%} "
-            f"{speed:8.1f} {rate:6.1f} {share:9.2f} {peer / median:8.1f}x"
-        )
 
 
 def main(options: Options) -> None:
@@ -193,20 +130,16 @@ def main(options: Options) -> None:
     torch.set_grad_enabled(False)
     torch.set_num_threads(options.threads)
     cpu.set_threads(options.threads)
-    print(f"tenfold {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"{processor()}, {', '.join(cpu.isas())}; {options.threads} threads")
+    print(machine_lines(options.threads))
     cases: list[Case] = []
     for tokens in options.tokens:
         cases += delta_net_cases(options.isas, tokens)
         for past in options.past:
             if past or tokens > 1:
                 cases += attention_cases(options.isas, tokens, past, options.types)
-    clock = time.thread_time if options.threads == 1 else time.perf_counter
-    read_gb_s, gflops = cpu.memory_read_gb_s(), product_gflops(clock)
-    measure(cases, options, clock)
-    read_gb_s, gflops = max(read_gb_s, cpu.memory_read_gb_s()), max(gflops, product_gflops(clock))
-    print(f"limits: memory read {read_gb_s:.1f} GB/s, torch's fp32 product {gflops:.0f} GFLOP/s")
-    report(cases, read_gb_s, gflops)
+    limits = Limits.measure(options.threads)
+    take_turns(cases, options.rounds, clock(options.threads))
+    report(cases, limits.at_best(Limits.measure(options.threads)))
 
 
 if __name__ == "__main__":

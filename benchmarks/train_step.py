@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
+from timing import Case, machine_lines, ratio, take_turns
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -31,7 +30,6 @@ from tenfold.models.shapes import SHAPES
 from tenfold.models.weights import load_model, save_model
 from tenfold.ops.cross_entropy import linear_cross_entropy
 from tenfold.ops.precision import matmul_gflops
-from tenfold.study.twins import machine_name
 from tenfold.train.optim import OptimConfig, Optimizer
 
 BATCH, LENGTH = 8, 512
@@ -85,17 +83,17 @@ def batches(count: int) -> list[Tensor]:
     return [torch.randint(SHAPE.vocab_size, (BATCH, LENGTH), generator=generator) for _ in range(count)]
 
 
-def alternate(folder: Path, precision: str, rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds and losses of every step of both arms, after one to warm up."""
-    steps = {name: make(folder, precision) for name, make in ARMS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in ARMS}
-    losses: dict[str, list[float]] = {name: [] for name in ARMS}
-    for number, tokens in enumerate(batches(rounds + 1)):
-        for name in reversed(ARMS) if number % 2 else ARMS:
-            begin = time.perf_counter()
-            losses[name].append(steps[name](tokens))
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: times[1:] for name, times in seconds.items()}, losses
+def alternate(folder: Path, precision: str, rounds: int) -> tuple[list[Case], dict[str, list[float]]]:
+    """The timed steps of both arms, and the losses of all, the one to warm up included."""
+    data, losses = batches(rounds + 1), {name: [] for name in ARMS}
+
+    def case(name: str) -> Case:
+        step = ARMS[name](folder, precision)
+        return Case(group="step", name=name, run=lambda i: losses[name].append(step(data[i])))
+
+    cases = [case(name) for name in ARMS]
+    take_turns(cases, rounds, calls=1)
+    return cases, losses
 
 
 def memory_gb(folder: Path, arm: str, precision: str, threads: int) -> float:
@@ -127,22 +125,22 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.memory_of:
         return print_memory(args.folder, args.memory_of, args.precision)
-    print(f"{machine_name()}, {torch.backends.cpu.get_cpu_capability()}, {args.threads} threads, {args.precision}")
-    print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(machine_lines(args.threads))
+    print(
+        f"{args.precision}, torch on {torch.backends.cpu.get_cpu_capability()}, transformers {transformers.__version__}"
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = Qwen3Next(SHAPE)
         model.init_weights(torch.Generator().manual_seed(0))
         save_model(model, folder)
-        seconds, losses = alternate(folder, args.precision, args.rounds)
+        cases, losses = alternate(folder, args.precision, args.rounds)
         memory = {arm: memory_gb(folder, arm, args.precision, args.threads) for arm in ARMS}
-    report(seconds, losses, memory, args.precision)
+    report(cases, losses, memory, args.precision)
     return None
 
 
-def report(
-    seconds: dict[str, list[float]], losses: dict[str, list[float]], memory: dict[str, float], precision: str
-) -> None:
+def report(cases: list[Case], losses: dict[str, list[float]], memory: dict[str, float], precision: str) -> None:
     """Prints the gate, both arms, and their ratios; exits with 1 where the gate is shut."""
     off = max(abs(a - b) / b for a, b in zip(losses["ours"], losses["theirs"], strict=True))
     allowed = LOSS_TOLERANCE[precision]
@@ -152,17 +150,15 @@ def report(
     tokens = BATCH * LENGTH
     flops = tokens * training_flops(SHAPE, mean_context(LENGTH))
     peak = matmul_gflops(torch.float32 if precision == "float32" else torch.bfloat16)
-    for arm, times in seconds.items():
-        median = statistics.median(times)
+    for case in cases:
+        times, speed = case.seconds, flops / case.median / 1e9
         print(
-            f"{arm:<7} {tokens / median:7,.0f} tokens/s (step {median * 1e3:,.0f} ms, {min(times) * 1e3:,.0f} to "
-            f"{max(times) * 1e3:,.0f}), {flops / median / 1e9:.0f} GFLOP/s, {flops / median / 1e9 / peak:.0%} of the "
-            f"{peak:.0f} that a square product reaches, {memory[arm]:.2f} GB"
+            f"{case.name:<7} {tokens / case.median:7,.0f} tokens/s (step {case.median * 1e3:,.0f} ms, "
+            f"{min(times) * 1e3:,.0f} to {max(times) * 1e3:,.0f}), {speed:.0f} GFLOP/s, {speed / peak:.0%} of the "
+            f"{peak:.0f} that a square product reaches, {memory[case.name]:.2f} GB"
         )
-    pairs = [b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)]
-    print(
-        f"ours over theirs: {statistics.median(pairs):.2f}x the speed ({min(pairs):.2f} to {max(pairs):.2f} in pairs)"
-    )
+    first, second = cases
+    print(f"ours over theirs, step by step: {ratio(second.seconds, first.seconds)} the speed")
     print(f"ours over theirs: {memory['ours'] / memory['theirs']:.2f}x the memory")
 
 

@@ -5,10 +5,8 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/vector.h>
 
-#include "dispatch.h"
-#include "layers.h"
-#include "memory.h"
-#include "thread_pool.h"
+#include "blocks.h"
+#include "run.h"
 
 namespace nb = nanobind;
 
@@ -19,71 +17,35 @@ namespace {
 template <class Array>
 Rows activations(const Array& array, int64_t rows, int64_t cols, const char* name) {
   const Rows view = matrix(array, name);
-  if (view.dtype != DType::f32 || view.rows != rows || view.cols != cols) {
-    refuse("%s must be float32 [%lld, %lld], got shape %s%s", name, static_cast<long long>(rows),
-           static_cast<long long>(cols), shape_of(array).c_str(),
-           view.dtype == DType::f32 ? "" : " of bfloat16");
-  }
+  require_shape(view, rows, cols, name);
   return view;
 }
 
-template <class Array>
-int64_t rows_of(const Array& array, const char* name) {
-  return matrix(array, name).rows;
+void run_delta_net(const Input& qkvz, const Input& ba, const DeltaNetWeights& weights,
+                   const RecurrentStates& states, const Batch& batch, const Output& out) {
+  const DeltaNet op =
+      delta_net(matrix(qkvz, "qkvz"), matrix(ba, "ba"), weights, states, batch, matrix(out, "out"));
+  const nb::gil_scoped_release release;
+  run(op);
 }
 
-void gated_delta_net(const Input& qkvz, const Input& ba, const DeltaNetWeights& weights,
-                     const RecurrentStates& states, const Batch& batch, const Output& out) {
-  DeltaNet layer = weights.view();
-  layer.qkvz = activations(qkvz, batch.tokens(), weights.conv_channels() + weights.values(), "qkvz");
-  layer.ba = activations(ba, batch.tokens(), 2 * weights.value_heads(), "ba");
-  layer.out = activations(out, batch.tokens(), weights.values(), "out");
-  batch.require_slots(states.slots());
-  states.place(weights, layer);
-  layer.sequences = batch.view();
-  layer.threads = threads();
-  layer.scratch = scratch(kernels().delta_net_scratch(layer));
+void run_attention(const Input& q, const Input& k, const Input& v, const NormWeight& q_norm,
+                   const NormWeight& k_norm, bool gated, const KeyValuePages& cache, const Batch& batch,
+                   const Output& out) {
+  const Attention op = attention(matrix(q, "q"), matrix(k, "k"), matrix(v, "v"), q_norm, k_norm, gated, cache,
+                                 batch, matrix(out, "out"));
   const nb::gil_scoped_release release;
-  kernels().delta_net(layer);
-}
-
-void attention(const Input& q, const Input& k, const Input& v, const NormWeight& q_norm,
-               const NormWeight& k_norm, bool gated, const KeyValuePages& cache, const Batch& batch,
-               const Output& out) {
-  Attention op = {};
-  op.cache = cache.view();
-  op.gated = gated;
-  const int64_t tokens = batch.tokens(), dim = op.cache.dim, keys = op.cache.kv_heads * dim;
-  const int64_t width = matrix(q, "q").cols, head = gated ? 2 * dim : dim;
-  require(
-      width > 0 && width % (head * op.cache.kv_heads) == 0,
-      "q must have, for each key head, the same number of heads of the cache's head dim (twice, if gated)");
-  op.heads = width / head;
-  op.q = activations(q, tokens, width, "q");
-  op.k = activations(k, tokens, keys, "k");
-  op.v = activations(v, tokens, keys, "v");
-  op.out = activations(out, tokens, op.heads * dim, "out");
-  require(q_norm.dim() == dim && k_norm.dim() == dim, "the norms must have the cache's head dim");
-  require(q_norm.eps() == k_norm.eps(), "the norms must have the same eps");
-  require(batch.rotated() <= dim, "cos and sin turn more than the head dim");
-  batch.require_pages(op.cache.page, cache.pages());
-  op.sequences = batch.view();
-  op.q_norm = q_norm.scale(), op.k_norm = k_norm.scale(), op.eps = q_norm.eps();
-  op.cos = batch.cos(), op.sin = batch.sin(), op.rotated = batch.rotated();
-  op.threads = threads();
-  op.scratch = scratch(kernels().attention_scratch(op));
-  const nb::gil_scoped_release release;
-  kernels().attention(op);
+  run(op);
 }
 
 void rms_norm(const Output& x, const NormWeight& weight, const std::optional<Input>& delta,
               const Output& out) {
-  const int64_t rows = rows_of(x, "x");
+  const int64_t rows = matrix(x, "x").rows;
   const Rows input = activations(x, rows, weight.dim(), "x");
   const Rows added = delta ? activations(*delta, rows, weight.dim(), "delta") : Rows{};
   const Rows output = activations(out, rows, weight.dim(), "out");
   const nb::gil_scoped_release release;
-  kernels().rms_norm({input, output, delta ? &added : nullptr, weight.scale(), weight.eps()});
+  run(RmsNorm{input, output, delta ? &added : nullptr, weight.scale(), weight.eps()});
 }
 
 void route(const Input& logits, int64_t choices, bool normalize, const std::optional<Input>& shared_gate,
@@ -95,15 +57,19 @@ void route(const Input& logits, int64_t choices, bool normalize, const std::opti
            static_cast<long long>(choices));
   }
   const Rows gate = shared_gate ? activations(*shared_gate, input.rows, 1, "shared_gate") : Rows{};
-  const int64_t places = choices + (shared_gate ? 1 : 0);
+  require(chosen.ndim() == 2, "chosen must be [tokens, places]");
+  const int64_t places = static_cast<int64_t>(chosen.shape(1)), shared = places - choices;
+  require(shared_gate ? shared >= 1 : shared == 0,
+          "route: a place for each choice, and for each shared expert");
   const Router router = {input,
                          shared_gate ? &gate : nullptr,
                          choices,
+                         shared,
                          normalize,
                          contiguous<int32_t>(chosen, {input.rows, places}, "chosen", "int32"),
                          contiguous<float>(weights, {input.rows, places}, "weights", "float32")};
   const nb::gil_scoped_release release;
-  kernels().route(router);
+  run(router);
 }
 
 void swiglu(const Input& gate, const Input& up, const Output& out) {
@@ -113,7 +79,48 @@ void swiglu(const Input& gate, const Input& up, const Output& out) {
                      activations(up, output.rows, output.cols, "up"),
                      activations(out, output.rows, output.cols, "out")};
   const nb::gil_scoped_release release;
-  kernels().swiglu(op);
+  run(op);
+}
+
+// Calls block.run(stream, memory..., out) with checked arrays, without the interpreter's lock.
+template <class Block, class... Memory>
+void run_block(const Block& block, const Output& x, const std::optional<Input>& delta,
+               const Memory&... memory, const Output& out) {
+  const int64_t rows = matrix(x, "x").rows;
+  const Rows input = activations(x, rows, block.hidden(), "x");
+  const Rows added = delta ? activations(*delta, rows, block.hidden(), "delta") : Rows{};
+  const Rows output = activations(out, rows, block.hidden(), "out");
+  const nb::gil_scoped_release release;
+  block.run({input, delta ? &added : nullptr}, memory..., output);
+}
+
+void bind_blocks(nb::module_& m) {
+  using Norm = const NormWeight&;
+  using Linear = const PackedLinear&;
+  nb::class_<AttentionBlock>(m, "AttentionBlock")
+      .def(nb::init<Norm, Linear, Linear, Linear, Norm, Norm, Linear, bool>(), nb::keep_alive<1, 2>(),
+           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(),
+           nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>(), nb::arg("norm"), nb::arg("q"), nb::arg("k"),
+           nb::arg("v"), nb::arg("q_norm"), nb::arg("k_norm"), nb::arg("output"), nb::arg("gated"))
+      .def("__call__", &run_block<AttentionBlock, KeyValuePages, Batch>, nb::arg("x"),
+           nb::arg("delta").none(), nb::arg("cache"), nb::arg("batch"), nb::arg("out"));
+  nb::class_<DeltaNetBlock>(m, "DeltaNetBlock")
+      .def(nb::init<Norm, Linear, Linear, const DeltaNetWeights&, Linear>(), nb::keep_alive<1, 2>(),
+           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(),
+           nb::arg("norm"), nb::arg("qkvz"), nb::arg("ba"), nb::arg("weights"), nb::arg("output"))
+      .def("__call__", &run_block<DeltaNetBlock, RecurrentStates, Batch>, nb::arg("x"),
+           nb::arg("delta").none(), nb::arg("states"), nb::arg("batch"), nb::arg("out"));
+  nb::class_<SparseBlock>(m, "SparseBlock")
+      .def(nb::init<Norm, Linear, Linear, const PackedExperts&, int64_t, bool>(), nb::keep_alive<1, 2>(),
+           nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::arg("norm"),
+           nb::arg("router"), nb::arg("shared_gate"), nb::arg("experts"), nb::arg("choices"),
+           nb::arg("normalize"))
+      .def("__call__", &run_block<SparseBlock>, nb::arg("x"), nb::arg("delta").none(), nb::arg("out"));
+  nb::class_<DenseBlock>(m, "DenseBlock")
+      .def(nb::init<Norm, Linear, Linear, Linear>(), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
+           nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::arg("norm"), nb::arg("gate"), nb::arg("up"),
+           nb::arg("down"))
+      .def("__call__", &run_block<DenseBlock>, nb::arg("x"), nb::arg("delta").none(), nb::arg("out"));
 }
 
 }  // namespace
@@ -140,14 +147,15 @@ void bind_layers(nb::module_& m) {
       .def(nb::init<Output, Output>(), nb::arg("keys"), nb::arg("values"))
       .def(nb::init<Output, Output, Output, Output>(), nb::arg("keys"), nb::arg("values"),
            nb::arg("key_scales"), nb::arg("value_scales"));
-  m.def("gated_delta_net", &gated_delta_net, nb::arg("qkvz"), nb::arg("ba"), nb::arg("weights"),
+  m.def("gated_delta_net", &run_delta_net, nb::arg("qkvz"), nb::arg("ba"), nb::arg("weights"),
         nb::arg("states"), nb::arg("batch"), nb::arg("out"));
-  m.def("attention", &attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("q_norm"),
+  m.def("attention", &run_attention, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("q_norm"),
         nb::arg("k_norm"), nb::arg("gated"), nb::arg("cache"), nb::arg("batch"), nb::arg("out"));
   m.def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("delta").none(), nb::arg("out"));
   m.def("route", &route, nb::arg("logits"), nb::arg("choices"), nb::arg("normalize"),
         nb::arg("shared_gate").none(), nb::arg("chosen"), nb::arg("weights"));
   m.def("swiglu", &swiglu, nb::arg("gate"), nb::arg("up"), nb::arg("out"));
+  bind_blocks(m);
 }
 
 }  // namespace tenfold

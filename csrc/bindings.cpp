@@ -14,6 +14,7 @@
 #include "bind_layers.h"
 #include "dispatch.h"
 #include "packed.h"
+#include "run.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
@@ -39,10 +40,29 @@ void linear(const Input& x, const std::vector<const PackedLinear*>& weights,
     matrices.push_back(weight);
     outputs.push_back(out);
   }
-  Product product = {input, matrices.data(), outputs.data(), static_cast<int64_t>(weights.size()), nullptr};
-  product.scratch = scratch(kernels().product_scratch(product));
+  const auto count = static_cast<int64_t>(weights.size());
   const nb::gil_scoped_release release;
-  kernels().product(product);
+  run(Product{input, matrices.data(), outputs.data(), count, nullptr});
+}
+
+// Row i of out is row rows[i] of weights that stand one below the other.
+void take_rows(const std::vector<const PackedLinear*>& weights, const Input& rows, const Output& out) {
+  require(!weights.empty(), "take_rows: one weight at least");
+  const auto count = static_cast<int64_t>(rows.size()), cols = weights[0]->cols();
+  const auto* numbers = contiguous<int64_t>(rows, {count}, "rows", "int64");
+  auto* to = contiguous<float>(out, {count, cols}, "out", "float32");
+  for (const PackedLinear* weight : weights) {
+    require(weight->cols() == cols, "take_rows: all weights must have the same number of columns");
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t row = numbers[i];
+    size_t part = 0;
+    for (; row >= 0 && part < weights.size() && row >= weights[part]->rows(); ++part)
+      row -= weights[part]->rows();
+    if (row < 0 || part == weights.size())
+      refuse("take_rows: no row %lld", static_cast<long long>(numbers[i]));
+    weights[part]->unpack_row(row, to + i * cols);
+  }
 }
 
 void check_choice(const int32_t* chosen, int64_t choices, int64_t experts) {
@@ -67,12 +87,17 @@ void expert_layer(const Input& x, const PackedExperts& experts, const Input& cho
   const auto* factors = contiguous<float>(weights, {input.rows, choices}, "weights", "float32");
   require(input.rows * choices < INT32_MAX, "expert_layer: too many tokens for one call");
   check_choice(numbers, input.rows * choices, experts.count());
-  ExpertLayer layer = {input,           output,  experts.experts(), experts.format(), experts.count(),
-                       experts.width(), numbers, factors,           choices,          threads(),
-                       nullptr};
-  layer.scratch = scratch(kernels().expert_layer_scratch(layer));
   const nb::gil_scoped_release release;
-  kernels().expert_layer(layer);
+  run(ExpertLayer{input, output, experts.experts(), experts.format(), experts.count(), experts.width(),
+                  numbers, factors, choices, 0, nullptr});
+}
+
+nb::list end_profile() {
+  nb::list uses;
+  for (const Use& use : stop_profile()) {
+    uses.append(nb::make_tuple(use.kernel, use.calls, use.seconds, use.bytes, use.operations));
+  }
+  return uses;
 }
 
 // GB/s at which the pool reads memory far larger than its caches: the best of some sweeps.
@@ -98,6 +123,34 @@ double memory_read_gb_s(int64_t megabytes) {
         &sweep);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     best = std::max(best, static_cast<double>(bytes) / seconds.count() / 1e9);
+  }
+  return best;
+}
+
+// 10^9 multiplications and additions a second that the pool does on numbers in registers: the best of some rounds.
+double multiply_gop_s(std::string_view name) {
+  const Multiplier multiplier = name == "fp32"                       ? Multiplier::f32
+                                : format_named(name) == Format::bf16 ? Multiplier::bf16
+                                : format_named(name) == Format::int8 ? Multiplier::int8
+                                                                     : Multiplier::int4;
+  struct Round {
+    Multiplier multiplier;
+    std::atomic<int64_t> products{0};
+  } round{multiplier};
+  const nb::gil_scoped_release release;
+  double best = 0;
+  for (int i = 0; i < 5; ++i) {
+    round.products = 0;
+    const auto start = std::chrono::steady_clock::now();
+    run_tasks(
+        16 * threads(), kMostThreads,
+        [](const void* context, int64_t, int) noexcept {
+          auto* r = static_cast<Round*>(const_cast<void*>(context));
+          r->products += kernels().multiply_in_registers(r->multiplier);
+        },
+        &round);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    best = std::max(best, 2 * static_cast<double>(round.products) / seconds.count() / 1e9);
   }
   return best;
 }
@@ -138,7 +191,11 @@ NB_MODULE(_native, m) {
   m.def("use_isa", [](std::string_view name) { select_table(name); });
   m.def("threads", &threads);
   m.def("set_threads", &check_threads);
+  m.def("start_profile", &start_profile);
+  m.def("stop_profile", &end_profile);
   m.def("memory_read_gb_s", &memory_read_gb_s, nb::arg("megabytes") = 512);
+
+  m.def("multiply_gop_s", &multiply_gop_s, nb::arg("format"));
 
   nb::class_<PackedLinear> packed_linear(m, "PackedLinear");
   bind_bytes(packed_linear);
@@ -149,6 +206,7 @@ NB_MODULE(_native, m) {
                   nb::arg("importance") = nb::none())
       .def_prop_ro("shape", [](const PackedLinear& self) { return nb::make_tuple(self.rows(), self.cols()); })
       .def("unpack", &PackedLinear::unpack, nb::arg("out"));
+  m.def("take_rows", &take_rows, nb::arg("weights"), nb::arg("rows"), nb::arg("out"));
   m.def("linear", &linear, nb::arg("x"), nb::arg("weights"), nb::arg("outs"));
 
   nb::class_<PackedExperts> packed_experts(m, "PackedExperts");

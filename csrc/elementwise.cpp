@@ -90,16 +90,17 @@ void rms_norm(const RmsNorm& norm) noexcept {
 }
 
 void route(const Router& router) noexcept {
-  const int64_t places = router.choices + (router.shared_gate ? 1 : 0);
+  const int64_t places = router.choices + router.shared;
   for_tokens(router.logits.rows, [&](int64_t t) {
     const float* logits = row(router.logits, t);
     int32_t* chosen = router.chosen + t * places;
     float* weights = router.weights + t * places;
     choose(logits, router.logits.cols, chosen, router.choices);
     weigh(logits, router.logits.cols, chosen, router.choices, router.normalize, weights);
-    if (!router.shared_gate) return;
-    chosen[router.choices] = static_cast<int32_t>(router.logits.cols);
-    weights[router.choices] = 1.0f / (1.0f + __builtin_expf(-*row(*router.shared_gate, t)));
+    for (int64_t i = 0; i < router.shared; ++i) {
+      chosen[router.choices + i] = static_cast<int32_t>(router.logits.cols + i);
+      weights[router.choices + i] = 1.0f / (1.0f + __builtin_expf(-*row(*router.shared_gate, t)));
+    }
   });
 }
 

@@ -1,4 +1,4 @@
-// Products with packed weights, and how fast memory can be read, which bounds those with few tokens.
+// Products with packed weights.
 
 #include "scratch.h"
 #include "tile.h"
@@ -92,16 +92,6 @@ void product(const Product& product) noexcept {
       multiply_rows(product, panels, inputs, weight, block);
     }
   });
-}
-
-uint64_t read_memory(const uint8_t* from, size_t bytes) noexcept {
-  I32 sums[8] = {};
-  for (size_t i = 0; i + sizeof sums <= bytes; i += sizeof sums) {
-    for (size_t j = 0; j < 8; ++j) sums[j] ^= load_bits(from + i + j * sizeof(I32));
-  }
-  uint64_t folded = 0;
-  for (const I32& sum : sums) folded ^= read<uint64_t>(&sum);
-  return folded;
 }
 
 }  // namespace tenfold::TENFOLD_ISA

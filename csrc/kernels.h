@@ -142,11 +142,11 @@ struct RmsNorm {
 };
 
 // Softmax over all experts, the `choices` largest in falling order, the lower number first where two are
-// equal. With a shared gate every token chooses one expert more, number E, by the gate's sigmoid.
+// equal. With a shared gate every token chooses `shared` experts more, numbers E and up, by the gate's sigmoid.
 struct Router {
   Rows logits;
   const Rows* shared_gate;
-  int64_t choices;
+  int64_t choices, shared;
   bool normalize;
   int32_t* chosen;
   float* weights;
@@ -156,22 +156,28 @@ struct SwiGlu {
   Rows gate, up, out;
 };
 
+// What `multiply_in_registers` multiplies, and how: as products with weights of these formats do, or in fp32. It says
+// how many products it has added up.
+enum class Multiplier : uint8_t { f32, bf16, int8, int4 };
+
 // X(result, name, arguments)
-#define TENFOLD_KERNELS(X)                              \
-  X(size_t, product_scratch, (const Product&))          \
-  X(void, product, (const Product&))                    \
-  X(size_t, expert_layer_scratch, (const ExpertLayer&)) \
-  X(void, expert_layer, (const ExpertLayer&))           \
-  X(size_t, delta_net_scratch, (const DeltaNet&))       \
-  X(void, delta_net, (const DeltaNet&))                 \
-  X(size_t, attention_scratch, (const Attention&))      \
-  X(void, attention, (const Attention&))                \
-  X(void, rms_norm, (const RmsNorm&))                   \
-  X(void, route, (const Router&))                       \
-  X(void, swiglu, (const SwiGlu&))                      \
-  X(bool, pack, (const Packing&))                       \
-  X(void, unpack, (const Packing&))                     \
-  X(uint64_t, read_memory, (const uint8_t*, size_t))
+#define TENFOLD_KERNELS(X)                               \
+  X(size_t, product_scratch, (const Product&))           \
+  X(void, product, (const Product&))                     \
+  X(size_t, expert_layer_scratch, (const ExpertLayer&))  \
+  X(void, expert_layer, (const ExpertLayer&))            \
+  X(size_t, delta_net_scratch, (const DeltaNet&))        \
+  X(void, delta_net, (const DeltaNet&))                  \
+  X(size_t, attention_scratch, (const Attention&))       \
+  X(void, attention, (const Attention&))                 \
+  X(void, rms_norm, (const RmsNorm&))                    \
+  X(void, route, (const Router&))                        \
+  X(void, swiglu, (const SwiGlu&))                       \
+  X(bool, pack, (const Packing&))                        \
+  X(void, unpack, (const Packing&))                      \
+  X(void, unpack_row, (const Packing&, int64_t, float*)) \
+  X(uint64_t, read_memory, (const uint8_t*, size_t))     \
+  X(int64_t, multiply_in_registers, (Multiplier))
 
 struct KernelTable {
   const char* name;

@@ -251,4 +251,50 @@ KeyValuePages::KeyValuePages(Output keys, Output values, std::optional<Output> k
   view_.value_scales = contiguous<float>(*value_scales_, {pages(), heads, size}, "value_scales", "float32");
 }
 
+void require_shape(const Rows& array, int64_t rows, int64_t cols, const char* name) {
+  if (array.dtype == DType::f32 && array.rows == rows && array.cols == cols) return;
+  refuse("%s must be float32 [%lld, %lld], got shape [%lld, %lld]%s", name, number(rows), number(cols),
+         number(array.rows), number(array.cols), array.dtype == DType::f32 ? "" : " of bfloat16");
+}
+
+DeltaNet delta_net(const Rows& qkvz, const Rows& ba, const DeltaNetWeights& weights,
+                   const RecurrentStates& states, const Batch& batch, const Rows& out) {
+  require_shape(qkvz, batch.tokens(), weights.conv_channels() + weights.values(), "qkvz");
+  require_shape(ba, batch.tokens(), 2 * weights.value_heads(), "ba");
+  require_shape(out, batch.tokens(), weights.values(), "out");
+  batch.require_slots(states.slots());
+  DeltaNet layer = weights.view();
+  layer.qkvz = qkvz, layer.ba = ba, layer.out = out;
+  states.place(weights, layer);
+  layer.sequences = batch.view();
+  return layer;
+}
+
+Attention attention(const Rows& q, const Rows& k, const Rows& v, const NormWeight& q_norm,
+                    const NormWeight& k_norm, bool gated, const KeyValuePages& pages, const Batch& batch,
+                    const Rows& out) {
+  Attention op = {};
+  op.cache = pages.view();
+  op.gated = gated;
+  const int64_t tokens = batch.tokens(), dim = op.cache.dim, keys = op.cache.kv_heads * dim;
+  const int64_t head = gated ? 2 * dim : dim;
+  require(
+      q.cols > 0 && q.cols % (head * op.cache.kv_heads) == 0,
+      "q must have, for each key head, the same number of heads of the cache's head dim (twice, if gated)");
+  op.heads = q.cols / head;
+  require_shape(q, tokens, q.cols, "q");
+  require_shape(k, tokens, keys, "k");
+  require_shape(v, tokens, keys, "v");
+  require_shape(out, tokens, op.heads * dim, "out");
+  require(q_norm.dim() == dim && k_norm.dim() == dim, "the norms must have the cache's head dim");
+  require(q_norm.eps() == k_norm.eps(), "the norms must have the same eps");
+  require(batch.rotated() <= dim, "cos and sin turn more than the head dim");
+  batch.require_pages(op.cache.page, pages.pages());
+  op.q = q, op.k = k, op.v = v, op.out = out;
+  op.sequences = batch.view();
+  op.q_norm = q_norm.scale(), op.k_norm = k_norm.scale(), op.eps = q_norm.eps();
+  op.cos = batch.cos(), op.sin = batch.sin(), op.rotated = batch.rotated();
+  return op;
+}
+
 }  // namespace tenfold

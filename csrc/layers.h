@@ -84,6 +84,10 @@ class RecurrentStates {
   Output conv_, recurrent_;
 };
 
+// A Gated DeltaNet with its activations and states; refuses those that do not fit.
+DeltaNet delta_net(const Rows& qkvz, const Rows& ba, const DeltaNetWeights& weights,
+                   const RecurrentStates& states, const Batch& batch, const Rows& out);
+
 class KeyValuePages {
  public:
   KeyValuePages(Output keys, Output values, std::optional<Output> key_scales = std::nullopt,
@@ -97,5 +101,13 @@ class KeyValuePages {
   std::optional<Output> key_scales_, value_scales_;
   PagedCache view_;
 };
+
+// An attention with its activations and pages; refuses those that do not fit.
+Attention attention(const Rows& q, const Rows& k, const Rows& v, const NormWeight& q_norm,
+                    const NormWeight& k_norm, bool gated, const KeyValuePages& pages, const Batch& batch,
+                    const Rows& out);
+
+// Refuses what is no fp32 [rows, cols].
+void require_shape(const Rows& array, int64_t rows, int64_t cols, const char* name);
 
 }  // namespace tenfold

@@ -22,16 +22,36 @@ Memory allocate(size_t bytes) {
   return memory;
 }
 
-void* scratch(size_t bytes) {
-  static thread_local Memory memory;
-  static thread_local size_t size = 0;
-  if (bytes > size) {
-    memory.reset();
-    size = 0;
-    memory = allocate(bytes + bytes / 4);
-    size = bytes + bytes / 4;
+namespace {
+
+// Memory that grows and is kept.
+class Buffer {
+ public:
+  uint8_t* at_least(size_t bytes) {
+    if (bytes > size_) {
+      memory_.reset();
+      size_ = 0;
+      memory_ = allocate(bytes + bytes / 4);
+      size_ = bytes + bytes / 4;
+    }
+    return memory_.get();
   }
-  return memory.get();
+
+ private:
+  Memory memory_;
+  size_t size_ = 0;
+};
+
+}  // namespace
+
+void* scratch(size_t bytes) {
+  static thread_local Buffer buffer;
+  return buffer.at_least(bytes);
+}
+
+uint8_t* workspace(size_t bytes) {
+  static thread_local Buffer buffer;
+  return buffer.at_least(bytes);
 }
 
 }  // namespace tenfold

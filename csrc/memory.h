@@ -19,4 +19,7 @@ Memory allocate(size_t bytes);
 // The calling thread's memory for one kernel call at a time; its content does not survive.
 void* scratch(size_t bytes);
 
+// The same for what passes between the kernels of a block.
+uint8_t* workspace(size_t bytes);
+
 }  // namespace tenfold

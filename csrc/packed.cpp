@@ -102,6 +102,12 @@ void PackedLinear::unpack(const Output& out) const {
   kernels().unpack(packing);
 }
 
+void PackedLinear::unpack_row(int64_t row, float* to) const {
+  const Rows weight = {nullptr, DType::f32, rows_, cols_, cols_};
+  kernels().unpack_row(
+      {weight, nullptr, const_cast<uint8_t*>(bytes_.data()), block_bytes(format_, cols_), format_}, row, to);
+}
+
 PackedExperts::PackedExperts(std::string_view format, int64_t count, int64_t hidden, int64_t width)
     : format_(format_named(format)),
       count_(count),

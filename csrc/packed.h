@@ -41,6 +41,7 @@ class PackedLinear {
 
   PackedMatrix view() const { return {bytes_.data(), format_, rows_, cols_}; }
   void unpack(const Output& out) const;
+  void unpack_row(int64_t row, float* to) const;
 
   Format format() const { return format_; }
   int64_t rows() const { return rows_; }

@@ -200,18 +200,17 @@ float weight_at(Format format, const uint8_t* group, int row, int i) {
   return from_half(read<uint16_t>(group + 2 * row)) * static_cast<float>(take_quant(format, group, row, i));
 }
 
-void unpack_row(const Packing& packing, int64_t row) {
+}  // namespace
+
+void unpack_row(const Packing& packing, int64_t row, float* to) noexcept {
   const int64_t block = row / kBlockRows;
   const uint8_t* group = packing.packed + block * packing.block_stride;
-  float* to = static_cast<float*>(packing.weight.data) + row * packing.weight.stride;
   for (int64_t col = 0; col < packing.weight.cols; col += kGroup, group += group_bytes(packing.format)) {
     for (int i = 0; i < kGroup; ++i) {
       to[col + i] = weight_at(packing.format, group, static_cast<int>(row % kBlockRows), i);
     }
   }
 }
-
-}  // namespace
 
 bool pack(const Packing& packing) noexcept {
   bool finite = true;
@@ -222,7 +221,9 @@ bool pack(const Packing& packing) noexcept {
 }
 
 void unpack(const Packing& packing) noexcept {
-  parallel_for(packing.weight.rows, [&](int64_t row, int) { unpack_row(packing, row); });
+  parallel_for(packing.weight.rows, [&](int64_t row, int) {
+    unpack_row(packing, row, static_cast<float*>(packing.weight.data) + row * packing.weight.stride);
+  });
 }
 
 }  // namespace tenfold::TENFOLD_ISA

@@ -173,6 +173,7 @@ class Bench:
     new_tokens: int = 64  # that follow one by one
     threads: int | None = None  # of the kernels; without it one per core
     rounds: int = 5  # after one to warm up
+    profile: bool = False  # tell where the time goes, kernel by kernel
     json: bool = False  # for programs
 
     def run(self) -> None:
@@ -180,11 +181,12 @@ class Bench:
 
         from tenfold.engine.bench import bench
 
-        result = bench(self.model, self.quantization, self.prompt_tokens, self.new_tokens, self.threads, self.rounds)
+        counts = self.prompt_tokens, self.new_tokens, self.threads, self.rounds
+        result = bench(self.model, self.quantization, *counts, profiled=self.profile)
         if self.json:
             print(json.dumps(asdict(result), indent=2))
         else:
-            Console().print(result.table())
+            Console().print(result.table(), *(profile.table() for profile in result.profiles))
 
 
 class Counted:

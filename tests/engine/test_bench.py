@@ -61,6 +61,21 @@ def test_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(words in told for words in ("prefill of 20", "decode of 3", "share of the limit", "tokens/s"))
 
 
+def test_a_profile_accounts_for_the_time(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments(folder, "--quantization", "int4", "--profile", "--json")) == 0
+    prefill, decode = json.loads(capsys.readouterr().out)["profiles"]
+    for profile in (prefill, decode):
+        kernels = {kernel["kernel"]: kernel for kernel in profile["kernels"]}
+        assert {"linear int4", "experts int4", "gated delta net", "attention", "norm"} <= set(kernels)
+        assert 0.2 < sum(kernel["share"] for kernel in kernels.values()) < 1
+        assert sum(kernel["milliseconds"] for kernel in kernels.values()) < profile["milliseconds"]
+        assert kernels["norm"]["limit_share"] is None
+        assert kernels["linear int4"]["limit_share"] > 0
+        assert kernels["gated delta net"]["calls"] == 3  # of four layers
+    assert cli.main(arguments(folder, "--profile")) == 0
+    assert "outside the kernels" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [

@@ -191,7 +191,7 @@ def test_native_generation_through_the_command(
     command = ["generate", str(tmp_path), "--prompt", "to be", "--max-tokens", "12", "--temperature", "0"]
     assert cli.main([*command, "--quantization", quantization]) == 0
     told = capsys.readouterr().out
-    native = NativeModel(config, new_model(config).named_parameters(), quantization)
+    native = NativeModel.pack(config, new_model(config).named_parameters(), quantization)
     params = SamplingParams(temperature=0, max_tokens=12, stop_ids=tokenizer.stop_ids)
     expected = generate(native, tokenizer.encode("to be"), params)
     assert told == "to be" + "".join(stream_text(tokenizer, expected)) + "\n"

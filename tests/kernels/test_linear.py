@@ -110,3 +110,20 @@ def test_bad_arguments_are_refused() -> None:
         cpu.set_threads(0)
     with pytest.raises(ValueError, match="no kernels for 'mmx'"):
         cpu.use_isa("mmx")
+
+
+@pytest.mark.parametrize("format", cpu.FORMATS)
+def test_rows_are_taken_from_weights_below_each_other(isa: str, format: str) -> None:
+    weights = [cpu.pack_linear(torch.randn(rows, 64), format) for rows in (33, 5)]
+    values = torch.cat([cpu.unpack(weight) for weight in weights])
+    rows = torch.tensor([37, 0, 32, 33, 33])
+    assert torch.equal(cpu.take_rows(weights, rows), values[rows])
+    for wrong in (-1, 38):
+        with pytest.raises(ValueError, match=f"no row {wrong}"):
+            cpu.take_rows(weights, torch.tensor([wrong]))
+
+
+def test_products_of_weights_below_each_other_stand_side_by_side(isa: str) -> None:
+    weights = [cpu.pack_linear(torch.randn(rows, 64), format) for rows, format in ((33, "int8"), (5, "int4"))]
+    x = torch.randn(3, 64)
+    assert torch.equal(cpu.linear_stacked(x, weights), torch.cat(cpu.linear(x, weights), 1))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tenfold.engine.llm import start_native
+from tenfold.engine.profile import Profile, profile
 from tenfold.kernels import cpu
 from tenfold.memory import peak_memory_gb, reset_peak_memory
 from tenfold.models.native import NativeModel
@@ -42,6 +43,7 @@ class BenchResult:
     memory_read_gb_s: float
     memory_limit_tok_s: float  # decoding can be no faster than the memory gives it weights
     share_of_limit: float
+    profiles: Sequence[Profile] = ()  # of a prefill and of a decode step, if asked for
 
     def table(self) -> Table:
         """For a terminal."""
@@ -76,6 +78,7 @@ def bench(
     new_tokens: int = 64,
     threads: int | None = None,
     rounds: int = 5,
+    profiled: bool = False,
 ) -> BenchResult:
     """Loads a model and measures it, after one round to warm up; the memory is probed before every round.
 
@@ -116,6 +119,7 @@ def bench(
         memory_read_gb_s=read,
         memory_limit_tok_s=limit,
         share_of_limit=statistics.median(decodes) / limit,
+        profiles=profile(model, prompt, answer) if profiled else (),
     )
 
 

@@ -48,12 +48,13 @@ def generate(
     constraint, made of `params.structure`, is fulfilled, or where the context is full; of stop strings it knows
     nothing. Raises ValueError, on the call, for a prompt that is empty, too long, or not of the model's vocabulary.
     """
-    _check_prompt(prompt_ids, model.config)
+    check_prompt(prompt_ids, model.config)
     params.check_vocabulary(model.config.vocab_size)
     return _tokens(model, list(prompt_ids), params, constraint)
 
 
-def _check_prompt(prompt_ids: Sequence[int], config: Config) -> None:
+def check_prompt(prompt_ids: Sequence[int], config: Config) -> None:
+    """Raises ValueError for a prompt that a model cannot take."""
     if not prompt_ids:
         raise ValueError("the prompt is empty: give at least one token, for example the end-of-text token")
     if len(prompt_ids) > config.max_position_embeddings:

@@ -52,6 +52,7 @@ class Update:
 
     request_id: int
     tokens: Sequence[int] = ()
+    text: str = ""  # of these tokens, if the engine has a tokenizer; before a stop string that begins within one
     logprobs: Sequence[Sequence[TokenLogprob]] = ()  # if asked for: per token itself first, then the likeliest
     prompt_logprobs: Sequence[Sequence[TokenLogprob]] | None = None  # on the first update, if asked for
     usage: Usage = Usage()

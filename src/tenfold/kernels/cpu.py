@@ -8,23 +8,28 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from typing import Any
 
     from tenfold.kernels._native import (
+        AttentionBlock,
         Batch,
+        DeltaNetBlock,
         DeltaNetWeights,
+        DenseBlock,
         KeyValuePages,
         NormWeight,
         PackedExperts,
         PackedLinear,
         RecurrentStates,
+        SparseBlock,
     )
 
 FORMATS = ("bf16", "int8", "int4")
@@ -103,6 +108,14 @@ def memory_read_gb_s(megabytes: int = 512) -> float:
     return _native().memory_read_gb_s(megabytes)
 
 
+def multiply_gop_s(format: str) -> float:
+    """10^9 operations a second on numbers in registers, as a format needs them, or `fp32`: what bounds prefill.
+
+    A multiplication and an addition are two.
+    """
+    return _native().multiply_gop_s(format)
+
+
 def pack_linear(weight: Tensor, format: str, importance: Tensor | None = None) -> PackedLinear:
     """Packs a weight `[N, K]`, fp32 or bf16, K a multiple of 32, as `bf16`, `int8` or `int4`.
 
@@ -123,6 +136,13 @@ def unpack(weight: PackedLinear) -> Tensor:
     return out
 
 
+def take_rows(weights: Sequence[PackedLinear], rows: Tensor) -> Tensor:
+    """Rows, by their numbers int64 `[T]`, of weights that stand one below the other; fp32 `[T, K]`."""
+    out = torch.empty(len(rows), weights[0].shape[1])
+    _native().take_rows(list(weights), rows, out)
+    return out
+
+
 def linear(x: Tensor, weights: Sequence[PackedLinear], dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """`x @ w.T` for several weights at once: x `[T, K]`, fp32 or bf16; `[T, N]` of this dtype for each.
 
@@ -131,6 +151,14 @@ def linear(x: Tensor, weights: Sequence[PackedLinear], dtype: torch.dtype = torc
     outs = tuple(torch.empty(x.shape[0], weight.shape[0], dtype=dtype) for weight in weights)
     _native().linear(x.detach(), list(weights), list(outs))
     return outs
+
+
+def linear_stacked(x: Tensor, weights: Sequence[PackedLinear]) -> Tensor:
+    """As `linear`, for weights that stand one below the other, and fp32 `[T, N of all]`."""
+    rows = [weight.shape[0] for weight in weights]
+    out = torch.empty(x.shape[0], sum(rows))
+    _native().linear(x.detach(), list(weights), list(out.split(rows, 1)))
+    return out
 
 
 def pack_experts(gate_up: Tensor, down: Tensor, format: str) -> PackedExperts:
@@ -284,14 +312,16 @@ def rms_norm(x: Tensor, weight: NormWeight, delta: Tensor | None = None) -> Tens
     return out
 
 
-def route(logits: Tensor, k: int, normalize: bool, shared_gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def route(
+    logits: Tensor, k: int, normalize: bool, shared_gate: Tensor | None = None, shared: int = 1
+) -> tuple[Tensor, Tensor]:
     """Experts of each token from fp32 logits `[T, E]`: weights fp32 and numbers int32 `[T, k]`, the largest first.
 
     Softmax over all experts, renormalised over the k if asked; of equal logits the lower number wins. With
-    shared_gate `[T, 1]` there is one place more: expert E, weighted by the sigmoid of the gate.
+    shared_gate `[T, 1]` there are `shared` places more: experts E and up, weighted by the sigmoid of the gate.
     """
     _require_no_grad(logits)
-    places = (logits.shape[0], k + (shared_gate is not None))
+    places = (logits.shape[0], k + (shared if shared_gate is not None else 0))
     weights, chosen = torch.empty(places), torch.empty(places, dtype=torch.int32)
     _native().route(logits, k, normalize, shared_gate, chosen, weights)
     return weights, chosen
@@ -303,6 +333,89 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty(gate.shape)
     _native().swiglu(gate, up, out)
     return out
+
+
+def attention_block(
+    norm: NormWeight,
+    q: PackedLinear,
+    k: PackedLinear,
+    v: PackedLinear,
+    q_norm: NormWeight,
+    k_norm: NormWeight,
+    output: PackedLinear,
+    gated: bool,
+) -> AttentionBlock:
+    """`rms_norm`, `linear`, `attention` and `linear` in one call, for `mix`."""
+    return _native().AttentionBlock(norm, q, k, v, q_norm, k_norm, output, gated)
+
+
+def delta_net_block(
+    norm: NormWeight, qkvz: PackedLinear, ba: PackedLinear, weights: DeltaNetWeights, output: PackedLinear
+) -> DeltaNetBlock:
+    """`rms_norm`, `linear`, `gated_delta_net` and `linear` in one call, for `mix`."""
+    return _native().DeltaNetBlock(norm, qkvz, ba, weights, output)
+
+
+def sparse_block(
+    norm: NormWeight, router: PackedLinear, shared_gate: PackedLinear, experts: PackedExperts, k: int, normalize: bool
+) -> SparseBlock:
+    """`rms_norm`, `linear`, `route` and `expert_layer` in one call, for `feed_forward`.
+
+    Experts behind those of the router are the shared one, in parts.
+    """
+    return _native().SparseBlock(norm, router, shared_gate, experts, k, normalize)
+
+
+def dense_block(norm: NormWeight, gate: PackedLinear, up: PackedLinear, down: PackedLinear) -> DenseBlock:
+    """`rms_norm`, `linear`, `swiglu` and `linear` in one call, for `feed_forward`."""
+    return _native().DenseBlock(norm, gate, up, down)
+
+
+def mix(
+    block: AttentionBlock | DeltaNetBlock,
+    x: Tensor,
+    delta: Tensor | None,
+    memory: KeyValuePages | RecurrentStates,
+    batch: Batch,
+) -> Tensor:
+    """A mixer's `[T, D]` for the residual stream x, fp32 `[T, D]`, to which delta is added first, in place.
+
+    memory: pages for attention, states for Gated DeltaNet.
+    """
+    out = torch.empty(x.shape)
+    block(x, delta, memory, batch, out)  # type: ignore[arg-type]
+    return out
+
+
+def feed_forward(block: SparseBlock | DenseBlock, x: Tensor, delta: Tensor | None) -> Tensor:
+    """A feed-forward's `[T, D]`; x and delta as in `mix`."""
+    out = torch.empty(x.shape)
+    block(x, delta, out)
+    return out
+
+
+class Use(NamedTuple):
+    """What the calls of one kernel came to, on all threads that called.
+
+    bytes: of weights, states, keys and values, that cannot be in a cache. operations: multiplications and additions.
+    """
+
+    kernel: str
+    calls: int
+    seconds: float
+    bytes: float
+    operations: float
+
+
+@contextmanager
+def profile() -> Iterator[list[Use]]:
+    """Fills the list, at its end, with what each kernel took in between."""
+    uses: list[Use] = []
+    _native().start_profile()
+    try:
+        yield uses
+    finally:
+        uses.extend(Use(*use) for use in _native().stop_profile())
 
 
 def _require_no_grad(*tensors: Tensor) -> None:

@@ -1,0 +1,194 @@
+"""A request under way: its tokens, what it holds of the model's memory, and how its next token is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tenfold.engine.cache_manager import Claim
+from tenfold.engine.request import FinishReason, Request, TokenLogprob, Usage
+from tenfold.engine.sampler import Sampler
+from tenfold.engine.step_cost import DraftLength
+from tenfold.engine.stopping import Stopping, Verdict
+from tenfold.engine.structure import Constraint
+
+
+@dataclass(eq=False, kw_only=True)
+class Generation:
+    """Its state in the model is that after `computed` of its tokens; prefill, decoding and resuming are all one:
+    tokens that are known and not computed are run, and behind the last of them the next one is drawn."""
+
+    request: Request
+    sampler: Sampler
+    stopping: Stopping
+    stop_ids: frozenset[int]
+    constraint: Constraint | None  # the form that the answer must have
+    draft_length: DraftLength
+    last_token: int  # the most tokens that prompt and answer may have
+    drafts_follow: bool  # whether the draft module has to see its tokens
+    tokens: list[int] = field(init=False)
+    answer: list[int] = field(default_factory=list)
+    arrival: int = 0
+    cached: int | None = None  # of the prompt, known once it has started
+    logprobs: list[list[TokenLogprob]] = field(default_factory=list)  # of tokens that are not told yet
+    prompt_logprobs: list[list[TokenLogprob]] = field(default_factory=list)
+    drafted: int = 0
+    accepted: int = 0
+    finish: FinishReason | None = None
+    # what it holds while it runs
+    pages: list[int] = field(default_factory=list)
+    slot: int = -1
+    computed: int = 0
+    hidden: Tensor | None = None  # `[D]`, of the last computed token
+    undrafted: list[Tensor] = field(default_factory=list)  # `[T, D]`, of the last ones, that the draft module lacks
+    drafts: list[int] = field(default_factory=list)  # guesses that this step checks
+    guessed: int = 0  # of them, that the constraint was told
+    saves: list[int] = field(default_factory=list)  # slots for the states after the next token and after each of them
+    points: list[int] = field(default_factory=list)  # where a snapshot is to be made, ascending
+
+    def __post_init__(self) -> None:
+        self.logprobs_wanted = self.request.params.prompt_logprobs is not None
+        self.tokens = list(self.request.prompt_ids)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens that are not computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the next step draws a token and needs hardly any computing for that."""
+        return self.remaining <= 1
+
+    @property
+    def reads_cache(self) -> bool:
+        """Not before the logprobs of its prompt are out, for which all of it is computed."""
+        return not self.logprobs_wanted
+
+    @property
+    def room(self) -> int:
+        """How many tokens more it may have."""
+        return self.last_token - len(self.tokens)
+
+    @property
+    def drafted_length(self) -> int:
+        """Entries that the draft module has of it: with all of `undrafted` fed, one for each computed token."""
+        return self.computed - self.undrafted_rows
+
+    @property
+    def undrafted_rows(self) -> int:
+        return sum(map(len, self.undrafted))
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a snapshot is to be made here."""
+        return bool(self.points) and self.points[0] == self.computed
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached or 0,
+            completion_tokens=len(self.tokens) - self.prompt_tokens,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
+        )
+
+    def start(self, claim: Claim, points: list[int]) -> None:
+        """Goes on from what the cache has; `cached` counts what was never computed for this request."""
+        hit = min(claim.length, self.prompt_tokens)
+        self.cached = hit if self.cached is None else min(self.cached, hit)
+        self.pages, self.slot, self.computed = claim.pages, claim.slot, claim.length
+        self.hidden = claim.hidden
+        self.undrafted = [claim.hidden[None]] if claim.hidden is not None and self.drafts_follow else []
+        self.points = points
+        self.prompt_logprobs = []
+
+    def stop_holding(self) -> None:
+        """Its pages and slot are someone else's now."""
+        self.pages, self.slot, self.computed = [], -1, 0
+        self.hidden, self.undrafted, self.points, self.drafts, self.saves = None, [], [], [], []
+
+    def advance(self, hidden: Tensor) -> None:
+        """Tokens were computed: their hidden states `[T, D]`."""
+        if len(hidden):
+            self.computed += len(hidden)
+            self.hidden = hidden[-1].clone()  # a view would keep the whole step's
+            self.points = [point for point in self.points if point >= self.computed]
+            if self.drafts_follow:
+                self.undrafted.append(hidden.clone())
+
+    def add_point(self, point: int, near: int) -> None:
+        """Another request will go on from here, if there is no snapshot shortly before."""
+        if not any(point - near < other <= point for other in self.points):
+            self.points = sorted([*self.points, point])
+
+    def draw(self, logits: Tensor, ahead: Sequence[int] = ()) -> int:
+        """The token behind the answer and `ahead`, given logits `[vocab]`. Raises ValueError where there is none."""
+        answer = [*self.answer, *ahead] if ahead else self.answer
+        mask = self.constraint.mask() if self.constraint else None
+        return self.sampler.sample(logits, len(answer), answer, mask)
+
+    def guess(self, logits: Tensor) -> bool:
+        """Draws one more draft; False where nothing can follow it."""
+        try:
+            token = self.draw(logits, self.drafts)
+            if self.constraint and token not in self.stop_ids:
+                self.constraint.advance(token)
+                self.guessed += 1
+        except ValueError:  # the draft module's logits do not make it the request's error
+            return False
+        self.drafts.append(token)
+        return token not in self.stop_ids
+
+    def take_back_guesses(self) -> None:
+        """The constraint stands at the end of the answer again."""
+        if self.constraint and self.guessed:
+            self.constraint.rollback(self.guessed)
+        self.guessed = 0
+
+    def push(self, token: int) -> Verdict:
+        """The answer goes on with a token, or ends with it."""
+        verdict = self.stopping.push(token)
+        if token in self.stop_ids:
+            return verdict
+        self.tokens.append(token)
+        self.answer.append(token)
+        if self.constraint:
+            self.constraint.advance(token)
+        done = self.constraint is not None and self.constraint.is_done
+        if verdict.finish or (self.room and not done):
+            return verdict
+        rest = self.stopping.finish()
+        return Verdict(
+            tokens=[*verdict.tokens, *rest.tokens],
+            text=verdict.text + rest.text,
+            finish=rest.finish or ("stop" if done else "length"),
+            stopped_by=rest.stopped_by,
+        )
+
+    def note_drafts(self, drafted: int, accepted: int) -> None:
+        self.drafted += drafted
+        self.accepted += accepted
+        self.draft_length.observe(drafted, accepted)
+
+    def take_logprobs(self, count: int) -> list[list[TokenLogprob]]:
+        taken, self.logprobs = self.logprobs[:count], self.logprobs[count:]
+        return taken
+
+    def take_prompt_logprobs(self) -> list[list[TokenLogprob]] | None:
+        """Once, when the prompt is through."""
+        wanted, self.logprobs_wanted = self.logprobs_wanted, False
+        return self.prompt_logprobs if wanted else None
+
+    def take_undrafted(self) -> Tensor:
+        """Rows for the draft module, `[T, D]`, which has them from now on."""
+        rows, self.undrafted = torch.cat(self.undrafted), []
+        return rows

@@ -1,0 +1,193 @@
+"""The cache on disk: believed only where every byte is right, whoever was killed while writing it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from random import Random
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from tenfold.engine import disk_store
+from tenfold.engine.budget import Budget
+from tenfold.engine.disk_store import DiskStore
+from tenfold.engine.engine import Engine, EngineSettings
+from tenfold.engine.request import Request
+from tests.engine.fake_model import FakeModel
+from tests.engine.reference import answer, request, run, tokens_of
+
+VOCAB, CONTEXT = 24, 200
+FORK = multiprocessing.get_context("fork")  # the child has torch already
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+def start(folder: Path, state_bytes: int = 64, limit: int = 1 << 20, slots: int = 6, fingerprint: str = "a") -> Engine:
+    model = FakeModel(state_bytes=state_bytes, vocab_size=VOCAB, context=CONTEXT, fingerprint=fingerprint)
+    return Engine(
+        model, EngineSettings(max_batch=2, disk=folder, disk_bytes=limit), budget=Budget(pages=100, slots=slots)
+    )
+
+
+def prompts(random: Random, count: int) -> list[Request]:
+    """Three conversations, each continued and edited."""
+    bases = [[random.randrange(1, VOCAB) for _ in range(60)] for _ in range(3)]
+    return [
+        request(
+            random.choice(bases)[: random.randint(20, 60)] + [random.randrange(1, VOCAB) for _ in range(5)],
+            temperature=0.8,
+            seed=index,
+        )
+        for index in range(count)
+    ]
+
+
+def check(engine: Engine, requests: list[Request]) -> int:
+    """Runs them one after the other; how many of their tokens were cached."""
+    cached = 0
+    for one in requests:
+        updates = run(engine, [one])[one.id]
+        assert (tokens_of(updates), updates[-1].finish) == answer(one, VOCAB, engine.context, 0)
+        cached += updates[-1].usage.cached_tokens
+    return cached
+
+
+def test_a_restarted_engine_starts_where_the_last_one_was(tmp_path: Path) -> None:
+    first = request(range(1, 24), max_tokens=9, seed=5, temperature=1.0)
+    engine = start(tmp_path)
+    said = tokens_of(run(engine, [first])[first.id])
+    engine.close()
+    engine = start(tmp_path)
+    second = request([*first.prompt_ids, *said, 7, 8, 9])
+    updates = run(engine, [second])[second.id]
+    assert tokens_of(updates) == answer(second, VOCAB, engine.context, 0)[0]
+    assert updates[-1].usage.cached_tokens == 23 + 9 - 1, "all but the last token, which was never run"
+    engine.close()
+    other = start(tmp_path, fingerprint="b")
+    assert check(other, [second]) == 0, "another model's states are of no use"
+    other.close()
+
+
+def test_isolation_holds_on_disk(tmp_path: Path) -> None:
+    engine = start(tmp_path)
+    run(engine, [request(range(1, 24), isolation="mine")])
+    engine.close()
+    engine = start(tmp_path)
+    for isolation, cached in (("", 0), ("yours", 0), ("mine", 23)):
+        again = request(range(1, 24), isolation=isolation)
+        assert run(engine, [again])[again.id][-1].usage.cached_tokens == cached
+    engine.close()
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 1000), at=st.floats(0, 0.999), damage=st.sampled_from(["flip", "cut", "more", "empty", "swap"])
+)
+def test_a_damaged_file_is_removed_and_never_believed(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, at: float, damage: str
+) -> None:
+    folder = tmp_path_factory.mktemp("cache")
+    asked = request([seed % 20 + 1, *range(1, 24)], max_tokens=3)
+    engine = start(folder)
+    run(engine, [asked])
+    engine.close()
+    files = sorted(folder.glob("*/*"))
+    path = files[seed % len(files)]
+    break_file(path, files[(seed + 1) % len(files)], damage, at)
+    engine = start(folder)
+    check(engine, [request(asked.prompt_ids, max_tokens=3)])
+    engine.close()
+    engine = start(folder)
+    assert check(engine, [request(asked.prompt_ids, max_tokens=3)]) > 24 - 4, "what was computed anew is there again"
+    engine.close()
+
+
+def break_file(path: Path, other: Path, damage: str, at: float) -> None:
+    data = bytearray(path.read_bytes())
+    place = int(at * len(data))
+    if damage == "flip":
+        data[place] ^= 1 << (place % 8)
+    elif damage == "cut":
+        del data[place:]
+    elif damage == "more":
+        data += bytes(data[:1])
+    elif damage == "swap":
+        data = bytearray(other.read_bytes())
+    path.write_bytes(b"" if damage == "empty" else data)
+
+
+def serve(folder: Path, seed: int, limit: int, count: int) -> None:
+    """What a process does: answers, and checks its answers."""
+    engine = start(folder, state_bytes=20_000, limit=limit)
+    check(engine, prompts(Random(seed), count))
+    engine.close()
+
+
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    for turn in range(8):
+        process = FORK.Process(target=serve, args=(tmp_path, 1, 1 << 30, 10_000))
+        process.start()
+        time.sleep(0.15 + 0.05 * turn)
+        process.kill()
+        process.join()
+        assert process.exitcode == -9, "it failed, or was through too early"
+    engine = start(tmp_path, state_bytes=20_000)
+    assert check(engine, prompts(Random(1), 20)) > 0
+    assert not [path for path in tmp_path.glob("*/*") if broken(path)]
+    engine.close()
+
+
+def broken(path: Path) -> bool:
+    """Whether a file that counts is not whole."""
+    store = DiskStore(path.parent.parent, path.parent.name, 1 << 40)
+    size = path.stat().st_size - len(disk_store.MAGIC) - disk_store.DIGEST
+    found = path.name.endswith(disk_store.TEMPORARY) or store.read(path.name, size) is not None
+    store.close()
+    return not found
+
+
+def test_two_servers_share_a_folder_that_is_too_small(tmp_path: Path) -> None:
+    limit = 300_000  # about ten snapshots
+    processes = [FORK.Process(target=serve, args=(tmp_path, seed, limit, 40)) for seed in (1, 1, 2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    used = sum(path.stat().st_size for path in tmp_path.glob("*/*"))
+    assert 0 < used < limit + 3 * 25_000, "each may have had one file under way"
+
+
+def test_one_server_finds_what_another_has_written(tmp_path: Path) -> None:
+    first, second = start(tmp_path), start(tmp_path)
+    run(first, [request(range(1, 24))])
+    first.close()
+    assert check(second, [request(range(1, 24))]) == 23
+    second.close()
+
+
+def test_the_oldest_goes_first_and_unfinished_files_with_time(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path, "v", 1000)
+    for name in "abcd":
+        store.write(name, [bytes(200)])
+    store.close()
+    store = DiskStore(tmp_path, "v", 1000)
+    os.utime(tmp_path / "v" / "b", (1, 1))
+    old, new = (tmp_path / "v" / f"x.{age}{disk_store.TEMPORARY}" for age in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"")
+    os.utime(old, (1, 1))
+    store.write("e", [bytes(200)])
+    store.close()
+    assert "b" not in store.names and {"c", "d", "e"} <= store.names
+    assert new.exists() and not old.exists()
+    assert sum(path.stat().st_size for path in tmp_path.glob("*/*")) <= 1000
+
+
+def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="prefix cache can't be kept there"):
+        start(tmp_path / "file")

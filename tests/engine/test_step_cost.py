@@ -1,0 +1,90 @@
+"""How many tokens are drafted: as many as pay by what was measured."""
+
+from __future__ import annotations
+
+import pytest
+
+from tenfold.engine.step_cost import PATIENCE, PROBE, Acceptance, DraftLength, StepCost
+
+
+def costs(seconds: dict[int, float], draft: float) -> StepCost:
+    found = StepCost()
+    for tokens, duration in seconds.items():
+        found.observe(tokens, duration)
+    found.observe_draft(draft)
+    return found
+
+
+def settled(share: float, found: StepCost) -> DraftLength:
+    """For a request that has had many drafts accepted at that share."""
+    length = DraftLength(found, Acceptance(share, trials=100))
+    return length
+
+
+def test_seconds_between_and_beyond_what_was_measured() -> None:
+    found = costs({1: 1.0, 3: 2.0, 300: 9.0}, draft=0.0)
+    assert [found.seconds(tokens) for tokens in (1, 2, 3)] == [1.0, 1.5, 2.0]
+    assert 2.0 < found.seconds(100) < 9.0
+    assert found.seconds(10_000) == 9.0
+    assert StepCost().seconds(5) == 0.0
+
+
+def test_a_mean_forgets() -> None:
+    found = costs({1: 1.0}, draft=0.0)
+    for _ in range(50):
+        found.observe(1, 3.0)
+    assert found.seconds(1) == pytest.approx(3.0, abs=0.01)
+
+
+def test_the_size_of_a_step_within_a_time() -> None:
+    found = costs({1: 0.01, 32: 0.1, 256: 0.8}, draft=0.0)
+    assert found.tokens_within(0.25, most=256, least=32) == 64
+    assert found.tokens_within(9.0, most=256, least=32) == 256
+    assert found.tokens_within(0.0, most=256, least=32) == 32
+    assert found.tokens_within(9.0, most=20, least=20) == 20
+
+
+@pytest.mark.parametrize(
+    ("share", "step", "draft", "expected"),
+    [
+        (0.9, {1: 1.0, 5: 1.2}, 0.05, 4),  # tokens are nearly free, as where weights are read anyway
+        (0.9, {1: 1.0, 5: 5.0}, 0.05, 0),  # each token costs as much as the first
+        (0.1, {1: 1.0, 5: 1.2}, 0.30, 0),  # drafts are mostly wrong
+        (0.5, {1: 1.0, 5: 1.2}, 0.15, 1),
+    ],
+)
+def test_drafts_are_made_where_they_pay(share: float, step: dict[int, float], draft: float, expected: int) -> None:
+    assert settled(share, costs(step, draft)).choose(step_tokens=1, answers=1, most=4) == expected
+
+
+def test_a_full_batch_drafts_less() -> None:
+    found = costs({1: 1.0, 4: 1.3, 8: 3.0, 12: 5.0}, draft=0.02)
+    alone = settled(0.7, found).choose(step_tokens=1, answers=1, most=4)
+    crowded = settled(0.7, found).choose(step_tokens=8, answers=8, most=4)
+    assert alone > crowded == 0
+
+
+def test_what_does_not_pay_is_tried_again_ever_more_rarely() -> None:
+    length = settled(0.05, costs({1: 1.0, 5: 2.0}, draft=0.3))
+    drafts = [length.choose(step_tokens=1, answers=1, most=4) for _ in range(5000)]
+    first = drafts.index(1)
+    assert first == PATIENCE[0]
+    assert drafts[first : first + PROBE - 1] == [1] * (PROBE - 1)
+    assert sum(drafts) < 0.01 * len(drafts)
+
+
+def test_a_probe_that_succeeds_turns_drafts_on_again() -> None:
+    length = settled(0.05, costs({1: 1.0, 5: 1.5}, draft=0.1))
+    chosen = []
+    for _ in range(400):
+        chosen.append(length.choose(step_tokens=1, answers=1, most=4))
+        length.observe(chosen[-1], chosen[-1])
+    assert chosen[0] == 0 and chosen[-1] == 4
+
+
+def test_acceptance_counts_what_was_reached() -> None:
+    """Of four drafts with the second wrong, two are known."""
+    share = Acceptance(0.5, trials=1e-9)
+    for _ in range(200):
+        share.observe(4, 1)
+    assert share.share == pytest.approx(0.5, abs=0.05)
