@@ -25,6 +25,7 @@ from tyro.conf import Positional, arg
 from tenfold import __version__, config
 
 if TYPE_CHECKING:
+    from tenfold.chat.backend import ChatBackend
     from tenfold.tokenizer import Tokenizer
 
 Run = Callable[[], None]
@@ -145,12 +146,7 @@ class Generate:
 
     def check(self) -> None:
         """Raises ValueError for what would only be found out after the model has been read."""
-        import torch
-
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch finds no GPU, or is a build for CPUs only")
-        if self.quantization and (self.device != "cpu" or self.dtype != "float32"):
-            raise ValueError("--quantization is for the native kernels of the CPU, and takes the place of --dtype")
+        check_place(self.device, self.dtype, self.quantization)
         try:
             self.prompt.encode()
         except UnicodeEncodeError as error:
@@ -161,6 +157,50 @@ class Generate:
         if not self.chat:
             return tokenizer.encode(self.prompt) or [tokenizer.eos_id]
         return tokenizer.encode(tokenizer.apply_chat_template([{"role": "user", "content": self.prompt}]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """Talk with a model, here or on a server."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]  # as for generate, or a server: http://localhost:8000
+    system: str = ""  # prompt that every conversation begins with
+    max_tokens: int | None = None  # of an answer; without it as many as there is room for
+    temperature: float | None = None  # 0 always takes the likeliest token
+    top_p: float | None = None  # sample from the likeliest tokens that make up this probability
+    seed: int | None = None  # the same seed gives the same answers
+    dtype: Dtype = "float32"  # of the weights in memory; auto is what the checkpoint holds
+    device: Literal["cpu", "cuda"] = "cpu"  # where to run
+    quantization: Quantization | None = None  # run on the native kernels, with weights packed so
+
+    def run(self) -> None:
+        from tenfold.chat.backend import Options
+        from tenfold.chat.conversation import Conversation
+        from tenfold.chat.terminal import Session
+
+        options = Options(max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+        Session(self.backend(), options, Conversation(self.system)).run()
+
+    def backend(self) -> ChatBackend:
+        """A server by its address, or a model in this process."""
+        if self.model.startswith(("http://", "https://")):
+            from tenfold.chat.remote import ServerBackend
+
+            return ServerBackend(self.model, os.environ.get("TENFOLD_API_KEY"))
+        from tenfold.chat.local import open_local
+
+        check_place(self.device, self.dtype, self.quantization)
+        return open_local(self.model, self.dtype, self.device, self.quantization)
+
+
+def check_place(device: str, dtype: str, quantization: str | None) -> None:
+    """Raises ValueError for what would only be found out after the model has been read."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU, or is a build for CPUs only")
+    if quantization and (device != "cpu" or dtype != "float32"):
+        raise ValueError("--quantization is for the native kernels of the CPU, and takes the place of --dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,6 +469,7 @@ COMMANDS = {
     "keys add": command(KeysAdd, "keys add"),
     "keys list": command(KeysList, "keys list"),
     "keys revoke": command(KeysRevoke, "keys revoke"),
+    "chat": command(Chat, "chat"),
     "bench": command(Bench, "bench"),
     "info": command(Info, "info"),
     "init": command(Init, "init"),

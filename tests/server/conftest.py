@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from tenfold.engine.engine import QueueFull
 from tenfold.engine.request import Request, TokenLogprob, Update, Usage
 from tenfold.engine.stopping import Stopping
 from tenfold.engine.structure import StructureCompiler
 from tenfold.server.app import create_app
-from tenfold.server.backend import QueueFull
 from tenfold.server.serve import make_server, serve
 from tenfold.server.settings import Settings
 from tenfold.tokenizer import Tokenizer

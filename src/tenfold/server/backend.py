@@ -8,14 +8,6 @@ from typing import Protocol
 from tenfold.engine.request import Request, Update
 
 
-class QueueFull(Exception):
-    """The engine takes no more requests for now."""
-
-    def __init__(self, retry_after: float) -> None:
-        super().__init__(f"the queue is full; try again in {retry_after:.0f} s")
-        self.retry_after = retry_after  # seconds
-
-
 class Stats(Protocol):
     """The engine at this moment."""
 

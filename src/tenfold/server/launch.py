@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tenfold.engine.engine import Engine, EngineSettings
 from tenfold.engine.llm import start_native
+from tenfold.engine.loop import EngineLoop
 from tenfold.kernels import cpu
 from tenfold.models.native import NativeModel
 from tenfold.server import keys
@@ -51,15 +53,12 @@ def launch(model: str, host: str, port: int, options: EngineOptions, settings: S
     serve(create_app(engine, tokenizer, _with_defaults(settings, Path(model))), settings, host, port)
 
 
-def start_engine(model: str, options: EngineOptions) -> tuple[Any, Tokenizer, int]:
+def start_engine(model: str, options: EngineOptions) -> tuple[EngineLoop, Tokenizer, int]:
     """AT THE MERGE: the engine in its thread, the tokenizer, and the tokens that a context can have.
 
     Raises ValueError where the checkpoint has no tokenizer, and as `load_native`.
     """
     native, tokenizer = _load(model, options)
-    from tenfold.engine.engine import Engine, EngineSettings  # pyright: ignore[reportMissingImports]
-    from tenfold.engine.loop import EngineLoop  # pyright: ignore[reportMissingImports]
-
     engine = Engine(
         native,
         EngineSettings(

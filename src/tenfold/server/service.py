@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tenfold.engine.engine import QueueFull
 from tenfold.engine.request import Request
 from tenfold.engine.structure import Structure
-from tenfold.server.backend import Engine, QueueFull
+from tenfold.server.backend import Engine
 from tenfold.server.callers import Caller
 from tenfold.server.chat import ChatFormat, Conversation, check_length, encode
 from tenfold.server.errors import ApiError, invalid

@@ -1,0 +1,1 @@
+"""Conversations in the terminal, with a model here or on a server."""
