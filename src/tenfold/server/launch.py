@@ -54,7 +54,7 @@ def launch(model: str, host: str, port: int, options: EngineOptions, settings: S
 
 
 def start_engine(model: str, options: EngineOptions) -> tuple[EngineLoop, Tokenizer, int]:
-    """AT THE MERGE: the engine in its thread, the tokenizer, and the tokens that a context can have.
+    """The engine in its thread, the tokenizer, and the tokens that a context can have.
 
     Raises ValueError where the checkpoint has no tokenizer, and as `load_native`.
     """
