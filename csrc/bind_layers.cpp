@@ -127,12 +127,14 @@ void bind_blocks(nb::module_& m) {
 
 void bind_layers(nb::module_& m) {
   using Indices = std::optional<std::vector<int64_t>>;
-  using Pages = std::optional<std::vector<std::vector<int32_t>>>;
+  using Pages = std::optional<std::vector<Input>>;
+  using Saves = std::optional<std::vector<std::vector<int64_t>>>;
   nb::class_<Batch>(m, "Batch")
-      .def(nb::init<std::vector<int64_t>, Indices, Indices, Pages, std::optional<Input>,
-                    std::optional<Input>>(),
+      .def(nb::init<std::vector<int64_t>, Indices, Indices, Pages, std::optional<Input>, std::optional<Input>,
+                    Saves>(),
            nb::arg("bounds"), nb::arg("slots") = nb::none(), nb::arg("past") = nb::none(),
-           nb::arg("pages") = nb::none(), nb::arg("cos") = nb::none(), nb::arg("sin") = nb::none())
+           nb::arg("pages") = nb::none(), nb::arg("cos") = nb::none(), nb::arg("sin") = nb::none(),
+           nb::arg("saves") = nb::none())
       .def_prop_ro("tokens", &Batch::tokens);
   nb::class_<NormWeight>(m, "NormWeight")
       .def(nb::init<Input, float, bool>(), nb::arg("weight"), nb::arg("eps"), nb::arg("zero_centered"))

@@ -155,6 +155,12 @@ double multiply_gop_s(std::string_view name) {
   return best;
 }
 
+nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> empty_bytes(size_t bytes) {
+  uint8_t* memory = allocate(bytes).release();
+  const nb::capsule owner(memory, [](void* held) noexcept { Free()(static_cast<uint8_t*>(held)); });
+  return {memory, {bytes}, owner};
+}
+
 void check_threads(int count) {
   if (count < 1 || count > kMostThreads)
     refuse("threads must be between 1 and %d, got %d", kMostThreads, count);
@@ -193,6 +199,7 @@ NB_MODULE(_native, m) {
   m.def("set_threads", &check_threads);
   m.def("start_profile", &start_profile);
   m.def("stop_profile", &end_profile);
+  m.def("empty_bytes", &empty_bytes, nb::arg("bytes"));
   m.def("memory_read_gb_s", &memory_read_gb_s, nb::arg("megabytes") = 512);
 
   m.def("multiply_gop_s", &multiply_gop_s, nb::arg("format"));

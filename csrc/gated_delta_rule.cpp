@@ -41,6 +41,8 @@ struct Head {
   const DeltaNet& layer;
   Work& work;
   int64_t head, slot, first, tokens;
+  const int64_t* saves;  // the slots that the states after the last tokens go to besides
+  int64_t unsaved;       // how many tokens come before those
 
   const float* input(int64_t token) const {
     const int64_t group = channels(layer) + layer.shared * layer.value_dim;
@@ -52,7 +54,7 @@ struct Head {
     return work.before + (layer.conv_width - 1 + token) * channels(layer);
   }
   float* mixed(int64_t token) const { return work.mixed + token * channels(layer); }
-  float* state(int64_t shared) const {
+  float* state(int64_t slot, int64_t shared) const {
     const int64_t value_heads = layer.key_heads * layer.shared;
     return layer.state +
            (slot * value_heads + head * layer.shared + shared) * layer.value_dim * layer.key_dim;
@@ -61,10 +63,10 @@ struct Head {
 
 // move(state, at, count) for the runs of channels whose conv states are neighbours: this head's q, k and v.
 template <class F>
-void for_conv_runs(const Head& h, const F& move) {
+void for_conv_runs(const Head& h, int64_t slot, const F& move) {
   const int64_t taps = h.layer.conv_width - 1, key = h.layer.key_dim;
   const int64_t keys = h.layer.key_heads * key, values = h.layer.shared * h.layer.value_dim;
-  float* state = h.layer.conv_state + h.slot * (2 * keys + h.layer.key_heads * values) * taps;
+  float* state = h.layer.conv_state + slot * (2 * keys + h.layer.key_heads * values) * taps;
   move(state + h.head * key * taps, 0, key);
   move(state + (keys + h.head * key) * taps, key, key);
   move(state + (2 * keys + h.head * values) * taps, 2 * key, values);
@@ -72,7 +74,7 @@ void for_conv_runs(const Head& h, const F& move) {
 
 void load_conv_state(const Head& h) {
   const int64_t taps = h.layer.conv_width - 1, stride = channels(h.layer);
-  for_conv_runs(h, [&](const float* state, int64_t at, int64_t count) {
+  for_conv_runs(h, h.slot, [&](const float* state, int64_t at, int64_t count) {
     for (int64_t j = 0; j < taps; ++j) {
       float* to = h.work.before + j * stride + at;
       for (int64_t c = 0; c < count; ++c) to[c] = state[c * taps + j];
@@ -80,11 +82,12 @@ void load_conv_state(const Head& h) {
   });
 }
 
-void store_conv_state(const Head& h) {
+// As it is after so many tokens.
+void store_conv_state(const Head& h, int64_t slot, int64_t tokens) {
   const int64_t taps = h.layer.conv_width - 1;
-  for_conv_runs(h, [&](float* state, int64_t at, int64_t count) {
+  for_conv_runs(h, slot, [&](float* state, int64_t at, int64_t count) {
     for (int64_t j = 0; j < taps; ++j) {
-      const float* from = h.taps(h.tokens - taps + j) + at;
+      const float* from = h.taps(tokens - taps + j) + at;
       for (int64_t c = 0; c < count; ++c) state[c * taps + j] = from[c];
     }
   });
@@ -181,17 +184,26 @@ TENFOLD_INLINE void write_state(float* state, int64_t dim, F32 decay, const floa
   }
 }
 
-// Decoding reads a state from memory: the rows after these are on their way while these are computed.
+// Decoding reads a state from memory: the rows after these, which may be the next value head's, are on their way while
+// these are computed.
 void fetch_state(const float* state, int64_t dim) {
   for (int64_t i = 0; i < kLanes * dim; i += 16) __builtin_prefetch(state + i);
 }
 
+// kLanes rows of the state after a token, to the slot where it is saved.
+void save_rows(const Head& h, int64_t token, int64_t shared, int64_t v) {
+  const int64_t slot = h.saves[token - h.unsaved], dim = h.layer.key_dim;
+  if (slot == h.slot) return;
+  memcpy(h.state(slot, shared) + v * dim, h.state(h.slot, shared) + v * dim,
+         static_cast<size_t>(kLanes * dim) * sizeof(float));
+}
+
 // One value head over a block: outputs take the place of the values.
-void recur(const Head& h, int64_t shared, int64_t count) {
+void recur(const Head& h, int64_t shared, int64_t begin, int64_t count) {
   const int64_t dim = h.layer.key_dim, value_dim = h.layer.value_dim;
   for (int64_t v = 0; v < value_dim; v += kLanes) {
-    float* state = h.state(shared) + v * dim;
-    if (v + kLanes < value_dim) fetch_state(state + kLanes * dim, dim);
+    float* state = h.state(h.slot, shared) + v * dim;
+    if (v + kLanes < value_dim || shared + 1 < h.layer.shared) fetch_state(state + kLanes * dim, dim);
     for (int64_t t = 0; t < count; ++t) {
       const float *q = h.mixed(t), *k = q + dim;
       float* value = h.mixed(t) + 2 * dim + shared * value_dim + v;
@@ -202,6 +214,7 @@ void recur(const Head& h, int64_t shared, int64_t count) {
       const F32 d = beta * (load(value) - decay * by_key);
       store(value, fma(splat(h.work.overlap[t]), d, decay * by_query));
       write_state(state, dim, decay, k, d);
+      if (begin + t >= h.unsaved) save_rows(h, begin + t, shared, v);
     }
   }
 }
@@ -223,16 +236,18 @@ void gated_norm(const Head& h, int64_t begin, int64_t count) {
 }
 
 void advance(const Head& h) {
+  fetch_state(h.state(h.slot, 0), h.layer.key_dim);
   load_conv_state(h);
   for (int64_t begin = 0; begin < h.tokens; begin += kBlockTokens) {
     const int64_t left = h.tokens - begin, count = left < kBlockTokens ? left : kBlockTokens;
     convolve(h, begin, count);
     normalize(h, count);
     gates(h, begin, count);
-    for (int64_t r = 0; r < h.layer.shared; ++r) recur(h, r, count);
+    for (int64_t r = 0; r < h.layer.shared; ++r) recur(h, r, begin, count);
     gated_norm(h, begin, count);
   }
-  store_conv_state(h);
+  for (int64_t t = h.unsaved; t < h.tokens; ++t) store_conv_state(h, h.saves[t - h.unsaved], t + 1);
+  store_conv_state(h, h.slot, h.tokens);
 }
 
 }  // namespace
@@ -251,9 +266,11 @@ void delta_net(const DeltaNet& layer) noexcept {
       [&](int64_t task, int thread) {
         Scratch memory(static_cast<uint8_t*>(layer.scratch) + static_cast<size_t>(thread) * one.used());
         Work work(layer, memory);
-        const int64_t sequence = task / layer.key_heads, *bounds = layer.sequences.bounds + sequence;
-        advance({layer, work, task % layer.key_heads, layer.sequences.slots[sequence], bounds[0],
-                 bounds[1] - bounds[0]});
+        const Sequences& sequences = layer.sequences;
+        const int64_t n = task / layer.key_heads, first = sequences.bounds[n];
+        const int64_t tokens = sequences.bounds[n + 1] - first;
+        advance({layer, work, task % layer.key_heads, sequences.slots[n], first, tokens, sequences.saves[n],
+                 tokens - sequences.saved[n]});
       },
       layer.threads);
 }

@@ -79,11 +79,14 @@ struct Packing {
 };
 
 // The sequences of a step; their tokens stand end to end. Sequence n has rows bounds[n] .. bounds[n + 1] - 1,
-// its recurrent state in slot slots[n], and past[n] earlier tokens in the pages that pages[n] lists.
+// its recurrent state in slot slots[n], and past[n] earlier tokens in the pages that pages[n] lists. The states
+// after its last saved[n] tokens also go to the slots that saves[n] lists.
 struct Sequences {
   int64_t count;
   const int64_t *bounds, *slots, *past;
   const int32_t* const* pages;
+  const int64_t* saved;
+  const int64_t* const* saves;
 };
 
 constexpr int64_t kMostConvWidth = 8;

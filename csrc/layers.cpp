@@ -58,20 +58,49 @@ void* page_data(const Output& array, std::initializer_list<int64_t> shape, const
 }  // namespace
 
 Batch::Batch(std::vector<int64_t> bounds, std::optional<std::vector<int64_t>> slots,
-             std::optional<std::vector<int64_t>> past, std::optional<std::vector<std::vector<int32_t>>> pages,
-             std::optional<Input> cos, std::optional<Input> sin)
+             std::optional<std::vector<int64_t>> past, std::optional<std::vector<Input>> pages,
+             std::optional<Input> cos, std::optional<Input> sin,
+             std::optional<std::vector<std::vector<int64_t>>> saves)
     : bounds_(std::move(bounds)),
       slots_(std::move(slots).value_or(std::vector<int64_t>())),
       past_(std::move(past).value_or(std::vector<int64_t>())),
-      pages_(std::move(pages).value_or(std::vector<std::vector<int32_t>>())),
       cos_array_(std::move(cos)),
       sin_array_(std::move(sin)) {
   require(!bounds_.empty() && bounds_[0] == 0 && bounds_.back() < kMostTokens, "bounds must rise from 0");
   for (size_t i = 1; i < bounds_.size(); ++i)
     require(bounds_[i] > bounds_[i - 1], "bounds must rise strictly");
-  require(past_.size() == pages_.size(), "past and pages must name the same sequences");
-  check_past();
+  take_pages(pages ? *pages : std::vector<Input>());
+  take_saves(std::move(saves).value_or(std::vector<std::vector<int64_t>>(bounds_.size() - 1)));
+  take_rotation();
+}
+
+void Batch::take_pages(const std::vector<Input>& pages) {
+  require(past_.size() == pages.size(), "past and pages must name the same sequences");
+  for (const int64_t past : past_) {
+    if (past < 0 || past > kMostTokens) refuse("past must not be negative, got %lld", number(past));
+  }
+  for (const Input& array : pages) {
+    const auto count = static_cast<int64_t>(array.size());
+    const auto* table = contiguous<int32_t>(array, {count}, "pages", "int32");
+    pages_.emplace_back(table, table + count);
+  }
   for (const std::vector<int32_t>& table : pages_) page_tables_.push_back(table.data());
+}
+
+void Batch::take_saves(std::vector<std::vector<int64_t>> saves) {
+  saves_ = std::move(saves);
+  require(static_cast<int64_t>(saves_.size()) == count(), "saves must name every sequence");
+  for (size_t n = 0; n < saves_.size(); ++n) {
+    if (static_cast<int64_t>(saves_[n].size()) > bounds_[n + 1] - bounds_[n]) {
+      refuse("sequence %zu of %lld tokens has no %zu states to save", n, number(bounds_[n + 1] - bounds_[n]),
+             saves_[n].size());
+    }
+    saved_.push_back(static_cast<int64_t>(saves_[n].size()));
+    save_tables_.push_back(saves_[n].data());
+  }
+}
+
+void Batch::take_rotation() {
   require(cos_array_.has_value() == sin_array_.has_value(), "cos and sin come together");
   if (!cos_array_) return;
   require_dims(*cos_array_, 2, "cos", "[tokens, rotated / 2]");
@@ -81,27 +110,32 @@ Batch::Batch(std::vector<int64_t> bounds, std::optional<std::vector<int64_t>> sl
   rotated_ = 2 * half;
 }
 
-void Batch::check_past() const {
-  for (const int64_t past : past_) {
-    if (past < 0 || past > kMostTokens) refuse("past must not be negative, got %lld", number(past));
-  }
-}
-
 Sequences Batch::view() const {
-  return {count(), bounds_.data(), slots_.data(), past_.data(), page_tables_.data()};
+  return {count(),       bounds_.data(),     slots_.data(), past_.data(), page_tables_.data(),
+          saved_.data(), save_tables_.data()};
 }
 
 void Batch::require_slots(int64_t slots) const {
+  if (checked_slots_ == slots) return;
+  check_slots(slots);
+  checked_slots_ = slots;
+}
+
+void Batch::check_slots(int64_t slots) const {
   if (static_cast<int64_t>(slots_.size()) != count()) {
     refuse("the batch has %lld sequences and %zu slots", number(count()), slots_.size());
   }
   std::vector<int64_t> sorted = slots_;
+  for (size_t n = 0; n < saves_.size(); ++n) {
+    sorted.insert(sorted.end(), saves_[n].begin(), saves_[n].end());
+    if (!saves_[n].empty() && saves_[n].back() == slots_[n]) sorted.pop_back();  // it is there anyway
+  }
   std::sort(sorted.begin(), sorted.end());
   for (size_t i = 0; i < sorted.size(); ++i) {
     if (sorted[i] < 0 || sorted[i] >= slots) {
       refuse("there are %lld slots, got number %lld", number(slots), number(sorted[i]));
     }
-    if (i && sorted[i] == sorted[i - 1]) refuse("two sequences share slot %lld", number(sorted[i]));
+    if (i && sorted[i] == sorted[i - 1]) refuse("two states share slot %lld", number(sorted[i]));
   }
 }
 
@@ -111,29 +145,31 @@ void Batch::require_pages(int64_t size, int64_t pages) const {
   checked_size_ = size, checked_pages_ = pages;
 }
 
+int64_t Batch::pages_needed(size_t sequence, int64_t size) const {
+  return (past_[sequence] + bounds_[sequence + 1] - bounds_[sequence] + size - 1) / size;
+}
+
 void Batch::check_pages(int64_t size, int64_t pages) const {
   if (static_cast<int64_t>(pages_.size()) != count()) {
     refuse("the batch has %lld sequences and %zu lists of pages", number(count()), pages_.size());
   }
-  std::vector<int32_t> used, written;
+  std::vector<uint8_t> uses(static_cast<size_t>(pages));  // 2 means more than one
   for (size_t n = 0; n < pages_.size(); ++n) {
-    const std::vector<int32_t>& table = pages_[n];
-    const int64_t end = past_[n] + bounds_[n + 1] - bounds_[n], needed = (end + size - 1) / size;
-    if (static_cast<int64_t>(table.size()) < needed) {
-      refuse("sequence %zu of %lld tokens needs %lld pages, got %zu", n, number(end), number(needed),
-             table.size());
+    const int64_t needed = pages_needed(n, size);
+    if (static_cast<int64_t>(pages_[n].size()) < needed) {
+      refuse("sequence %zu of %lld tokens needs %lld pages, got %zu", n,
+             number(past_[n] + bounds_[n + 1] - bounds_[n]), number(needed), pages_[n].size());
     }
-    used.insert(used.end(), table.begin(), table.begin() + needed);
-    written.insert(written.end(), table.begin() + past_[n] / size, table.begin() + needed);
+    for (int64_t i = 0; i < needed; ++i) {
+      const int32_t page = pages_[n][i];
+      if (page < 0 || page >= pages) refuse("there are %lld pages, got number %d", number(pages), page);
+      if (uses[page] < 2) ++uses[page];
+    }
   }
-  std::sort(used.begin(), used.end());
-  if (!used.empty() && (used.front() < 0 || used.back() >= pages)) {
-    refuse("there are %lld pages, got number %d", number(pages),
-           used.front() < 0 ? used.front() : used.back());
-  }
-  for (const int32_t page : written) {
-    const auto [first, last] = std::equal_range(used.begin(), used.end(), page);
-    if (last - first > 1) refuse("page %d is written and used more than once", page);
+  for (size_t n = 0; n < pages_.size(); ++n) {
+    for (int64_t i = past_[n] / size; i < pages_needed(n, size); ++i) {
+      if (uses[pages_[n][i]] > 1) refuse("page %d is written and used more than once", pages_[n][i]);
+    }
   }
 }
 

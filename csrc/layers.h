@@ -13,10 +13,12 @@ namespace tenfold {
 class Batch {
  public:
   // `slots`: each sequence's recurrent state. `past` and `pages`: how many tokens it has in the cache, and
-  // the pages for those and the new ones. `cos` and `sin`: the rotation of each token.
+  // the pages for those and the new ones. `cos` and `sin`: the rotation of each token. `saves`: where the
+  // states after each one's last tokens go besides.
   Batch(std::vector<int64_t> bounds, std::optional<std::vector<int64_t>> slots,
-        std::optional<std::vector<int64_t>> past, std::optional<std::vector<std::vector<int32_t>>> pages,
-        std::optional<Input> cos, std::optional<Input> sin);
+        std::optional<std::vector<int64_t>> past, std::optional<std::vector<Input>> pages,
+        std::optional<Input> cos, std::optional<Input> sin,
+        std::optional<std::vector<std::vector<int64_t>>> saves);
 
   int64_t count() const { return static_cast<int64_t>(bounds_.size()) - 1; }
   int64_t tokens() const { return bounds_.back(); }
@@ -25,21 +27,28 @@ class Batch {
   const float* sin() const { return sin_; }
   Sequences view() const;
 
+  // Slots below `slots` for every sequence; none is used twice.
   void require_slots(int64_t slots) const;
   // Pages of `size` tokens for every sequence, numbered below `pages`; none that is written is shared.
   void require_pages(int64_t size, int64_t pages) const;
 
  private:
-  void check_past() const;
+  void take_pages(const std::vector<Input>& pages);
+  void take_saves(std::vector<std::vector<int64_t>> saves);
+  void take_rotation();
+  void check_slots(int64_t slots) const;
   void check_pages(int64_t size, int64_t pages) const;
+  int64_t pages_needed(size_t sequence, int64_t size) const;
 
-  std::vector<int64_t> bounds_, slots_, past_;
+  std::vector<int64_t> bounds_, slots_, past_, saved_;
   std::vector<std::vector<int32_t>> pages_;
   std::vector<const int32_t*> page_tables_;
+  std::vector<std::vector<int64_t>> saves_;
+  std::vector<const int64_t*> save_tables_;
   std::optional<Input> cos_array_, sin_array_;
   const float *cos_ = nullptr, *sin_ = nullptr;
   int64_t rotated_ = 0;
-  mutable int64_t checked_size_ = 0, checked_pages_ = 0;
+  mutable int64_t checked_size_ = 0, checked_pages_ = 0, checked_slots_ = 0;
 };
 
 class NormWeight {

@@ -26,6 +26,7 @@ from tenfold import __version__, config
 
 if TYPE_CHECKING:
     from tenfold.chat.backend import ChatBackend
+    from tenfold.models.quantize import Text
     from tenfold.tokenizer import Tokenizer
 
 Run = Callable[[], None]
@@ -33,6 +34,7 @@ T = TypeVar("T")
 Shape = Literal["tiny", "mid", "80b-a3b"]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Quantization = Literal["bf16", "int8", "int4"]
+KvFormat = Literal["fp32", "fp16", "bf16", "int8"]
 Inputs = Annotated[
     Positional[tuple[str, ...]],
     arg(metavar="INPUT...", help="files, folders, globs, wikitext-2", help_behavior_hint="(required)"),
@@ -208,12 +210,13 @@ class Bench:
     """Measure how fast a model runs here on the native kernels."""
 
     model: Annotated[Positional[str], arg(metavar="MODEL")]  # checkpoint folder, GGUF file, or a name on the hub
-    quantization: Quantization = "bf16"  # how the weights are packed
+    quantization: Quantization | None = None  # how the weights are packed: bf16, or as a packed folder has them
     prompt_tokens: int = 512  # that are read at once
     new_tokens: int = 64  # that follow one by one
     threads: int | None = None  # of the kernels; without it one per core
     rounds: int = 5  # after one to warm up
     profile: bool = False  # tell where the time goes, kernel by kernel
+    kv_format: KvFormat = "fp16"  # of keys and values
     json: bool = False  # for programs
 
     def run(self) -> None:
@@ -221,12 +224,57 @@ class Bench:
 
         from tenfold.engine.bench import bench
 
-        counts = self.prompt_tokens, self.new_tokens, self.threads, self.rounds
-        result = bench(self.model, self.quantization, *counts, profiled=self.profile)
+        counts = (self.prompt_tokens, self.new_tokens, self.threads, self.rounds)
+        result = bench(self.model, self.quantization, *counts, self.kv_format, self.profile)
         if self.json:
             print(json.dumps(asdict(result), indent=2))
         else:
             Console().print(result.table(), *(profile.table() for profile in result.profiles))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """Pack a model's weights for the native kernels, once and for all."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]  # checkpoint folder, GGUF file, or a name on the hub
+    to: Literal["int8", "int4"]  # format of the large matrices; the sensitive ones stay at 8 bits or more
+    out: Path | None = None  # folder to write; without it NAME-FORMAT, beside a model on this machine
+    calibration: str | None = None  # weigh int4's errors by what this text sends through: wikitext-2, or a file
+    calibration_tokens: int = 16_384  # of it
+    test_tokens: int = 4096  # of the embedded test text, to compare with the original on; 0 leaves that out
+    json: bool = False  # for programs
+
+    def run(self) -> None:
+        from rich.console import Console
+
+        from tenfold.models.quantize import quantize
+
+        test, calibration = self.texts()
+        try:
+            report = quantize(self.model, self.to, self.out, test, calibration)
+        except KeyboardInterrupt:
+            print("\ntenfold: the same command goes on from here", file=sys.stderr)
+            raise
+        if self.json:
+            print(json.dumps(asdict(report), indent=2))
+        else:
+            Console().print(report.tables())
+
+    def texts(self) -> tuple[Text | None, Text | None]:
+        """What to measure on, and what to calibrate with. Raises ValueError for counts that make no sense."""
+        from tenfold.models.quantize import Text
+        from tenfold.train.sources import Form, find_inputs, plan_spans, read_documents, wikitext_documents
+
+        if self.test_tokens < 0 or self.calibration_tokens < 2:
+            raise ValueError("--test-tokens must be 0 or more, --calibration-tokens 2 or more")
+        test = Text(name="WikiText-2", documents=wikitext_documents("test"), tokens=self.test_tokens)
+        if self.calibration is None:
+            return (test if self.test_tokens else None), None
+        form = Form("text", None)
+        spans = plan_spans(find_inputs([self.calibration]), form)
+        texts = (d.text for span in spans for d in read_documents(span, form) if d.split in (None, "train"))
+        calibration = Text(name=self.calibration, documents=texts, tokens=self.calibration_tokens)
+        return (test if self.test_tokens else None), calibration
 
 
 class Counted:
@@ -246,6 +294,7 @@ class Info:
     """Describe a checkpoint: its shape, parameters and files."""
 
     model: Annotated[Positional[Path], arg(metavar="MODEL")]  # checkpoint folder, or GGUF file
+    verify: bool = False  # read the weights of a packed folder, and compare their checksums
     json: bool = False  # for programs
 
     def run(self) -> None:
@@ -253,13 +302,18 @@ class Info:
 
         from tenfold.kernels import cpu
         from tenfold.models.info import describe
+        from tenfold.models.packed_file import verify
 
+        if self.verify:
+            verify(self.model, progress=True)
         info, kernels = describe(self.model), cpu.isa() if cpu.available() else None
         if self.json:
             print(json.dumps(asdict(info) | {"kernels": kernels}, indent=2))
         else:
             Console().print(info.table())
             print(f"native kernels: {kernels or 'none, torch runs instead'}")
+            if self.verify:
+                print("checksums: all weights are as they were written")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -471,6 +525,7 @@ COMMANDS = {
     "keys revoke": command(KeysRevoke, "keys revoke"),
     "chat": command(Chat, "chat"),
     "bench": command(Bench, "bench"),
+    "quantize": command(Quantize, "quantize"),
     "info": command(Info, "info"),
     "init": command(Init, "init"),
     "data build": Command("Turn text into a corpus of tokens to train on", parse_build),

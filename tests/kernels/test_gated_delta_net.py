@@ -139,6 +139,23 @@ def test_company_and_slots_do_not_matter(isa: str) -> None:
     assert all(torch.equal(a[[2, 5]], b[[2, 5]]) for a, b in zip(together, layer.states(6), strict=True))
 
 
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_states_are_saved_after_each_of_the_last_tokens(isa: str, layer: Layer, threads: int) -> None:
+    cpu.set_threads(threads)
+    inputs, states, right = layer.inputs(22), layer.states(9), layer.states(9)
+    batch = cpu.batch([0, 1, 20, 22], [4, 0, 3], saves=[[4], [8, 1, 6, 7, 2], []])  # 4 is that sequence's own
+    y = cpu.gated_delta_net(*inputs, layer.weights(), cpu.recurrent_states(*states), batch)
+    alone = [run(layer, [x[:1] for x in inputs], right, 4)]
+    for first, last, slot in [(1, 16, 8), (16, 17, 1), (17, 18, 6), (18, 19, 7), (19, 20, 2)]:
+        alone.append(run(layer, [x[first:last] for x in inputs], right, 0))
+        for array in right:
+            array[slot] = array[0]
+    alone.append(run(layer, [x[20:] for x in inputs], right, 3))
+    assert torch.equal(torch.cat(alone), y)
+    assert all(torch.equal(a, b) for a, b in zip(states, right, strict=True))
+
+
 def test_rows_may_be_far_apart(isa: str) -> None:
     layer, inputs = LAYERS[1], LAYERS[1].inputs(9)
     wide = [torch.cat((x, x), 1)[:, : x.shape[1]] for x in inputs]
@@ -201,6 +218,10 @@ def test_bad_arguments_are_refused() -> None:
             lambda: cpu.gated_delta_net(*inputs, weights, states, cpu.batch([0, 2, 3], [-1, 0])),
         ),
         ("share slot 1", lambda: cpu.gated_delta_net(*inputs, weights, states, cpu.batch([0, 2, 3], [1, 1]))),
+        ("share slot 0", lambda: cpu.gated_delta_net(*inputs, weights, states, saving([[0], []]))),
+        ("2 slots, got number 5", lambda: cpu.gated_delta_net(*inputs, weights, states, saving([[5], []]))),
+        ("saves must name every sequence", lambda: saving([[]])),
+        ("sequence 1 of 1 tokens has no 2 states to save", lambda: saving([[], [2, 3]])),
         ("conv state must be", lambda: cpu.gated_delta_net(*inputs, weights, recurrent_of(other), batch)),
         ("bounds must rise strictly", lambda: cpu.batch([0, 2, 2], [0, 1])),
         ("bounds must rise", lambda: cpu.batch([1, 2], [0])),
@@ -217,6 +238,10 @@ def test_bad_arguments_are_refused() -> None:
     for message, call in refusals:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def saving(saves: list[list[int]]) -> cpu.Batch:
+    return cpu.batch([0, 2, 3], [1, 0], saves=saves)
 
 
 def recurrent_of(layer: Layer) -> cpu.RecurrentStates:

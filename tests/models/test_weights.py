@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tenfold.memory import peak_memory_gb, reset_peak_memory
 from tenfold.models import Config, Model, weights
 from tenfold.models.layout import ExpertLayout
 from tenfold.models.qwen3 import Qwen3, Qwen3Config
@@ -27,8 +29,10 @@ from tenfold.models.weights import (
     STAGING,
     load,
     load_model,
+    open_checkpoint,
     read_config,
     read_header,
+    read_parameters,
     save_model,
 )
 from tenfold.tokenizer import Tokenizer
@@ -462,3 +466,63 @@ def test_hub_names_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_read_config(tmp_path: Path) -> None:
     save_model(new_model(), tmp_path)
     assert read_config(tmp_path) == NEXT
+
+
+def test_2000_mutated_folders(
+    tmp_path: Path,
+    mutate_bytes: Callable[[bytes, random.Random], bytes],
+    mutate_json: Callable[[Any, random.Random], Any],
+) -> None:
+    """Each is read, or refused in one line; none makes memory grow."""
+    save_model(new_model(NEXT), tmp_path, shard_bytes=20_000)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    shards = sorted(name for name in files if name.endswith(".safetensors"))
+    refused = 0
+    reset_peak_memory()
+    before = peak_memory_gb()
+    for seed in range(2000):
+        chance = random.Random(seed)
+        name = chance.choice([*shards, *shards, INDEX, "config.json"])
+        path, raw = tmp_path / name, files[name]
+        path.unlink()  # quicker than to write over it
+        path.write_bytes(mutated_file(raw, chance, mutate_bytes, mutate_json))
+        try:
+            for _ in read_parameters(open_checkpoint(tmp_path), torch.float32):
+                pass
+        except (ValueError, FileNotFoundError) as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000, seed
+            refused += 1
+        path.write_bytes(raw)
+    assert refused > 1000
+    assert peak_memory_gb() < before + 0.1
+
+
+@pytest.mark.parametrize("name", [SINGLE, "config.json"])
+def test_json_without_bottom(name: str, tmp_path: Path) -> None:
+    save_model(new_model(), tmp_path)
+    text = b"[" * 100_000
+    (tmp_path / name).write_bytes(len(text).to_bytes(8, "little") + text if name == SINGLE else text)
+    with pytest.raises(ValueError, match=r"corrupt header|not valid JSON"):
+        open_checkpoint(tmp_path)
+
+
+def mutated_file(
+    raw: bytes,
+    chance: random.Random,
+    mutate_bytes: Callable[[bytes, random.Random], bytes],
+    mutate_json: Callable[[Any, random.Random], Any],
+) -> bytes:
+    """Of a file of tensors mostly the header is changed, and its length fits."""
+    if raw[:1] == b"{":
+        return mutate_bytes(raw, chance) if chance.random() < 0.5 else dump(mutate_json(json.loads(raw), chance))
+    length = int.from_bytes(raw[:8], "little")
+    header, tensors = raw[8 : 8 + length], raw[8 + length :]
+    kind = chance.random()
+    if kind < 0.2:
+        return mutate_bytes(raw, chance)
+    header = mutate_bytes(header, chance) if kind < 0.4 else dump(mutate_json(json.loads(header), chance))
+    return len(header).to_bytes(8, "little") + header + tensors
+
+
+def dump(value: object) -> bytes:
+    return json.dumps(value).encode()

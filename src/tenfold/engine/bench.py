@@ -16,6 +16,7 @@ from tenfold.engine.profile import Profile, profile
 from tenfold.kernels import cpu
 from tenfold.memory import peak_memory_gb, reset_peak_memory
 from tenfold.models.native import NativeModel
+from tenfold.models.packed_file import is_packed, open_packed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,6 +28,7 @@ class BenchResult:
 
     model: str
     quantization: str
+    kv_format: str  # of keys and values
     isa: str
     threads: int
     prompt_tokens: int
@@ -73,24 +75,27 @@ def _rows(result: BenchResult) -> list[tuple[str, str]]:
 
 def bench(
     path_or_name: str | Path,
-    quantization: str,
+    quantization: str | None = None,
     prompt_tokens: int = 512,
     new_tokens: int = 64,
     threads: int | None = None,
     rounds: int = 5,
+    kv_format: str = "fp16",
     profiled: bool = False,
 ) -> BenchResult:
     """Loads a model and measures it, after one round to warm up; the memory is probed before every round.
 
-    threads: of the kernels; without it as many as they choose. Raises ValueError where a count makes no sense or the
-    context is too short, and as `load_native`.
+    quantization: as `load_native`'s format. threads: of the kernels; without it as many as they choose. kv_format: of
+    keys and values. Raises ValueError where a count makes no sense or the context is too short, and as `load_native`.
     """
     cpu.require()
     _check(prompt_tokens, new_tokens, rounds)
     if threads is not None:
         cpu.set_threads(threads)
     reset_peak_memory()
-    model, _ = start_native(path_or_name, quantization)
+    model, _ = start_native(path_or_name, quantization, kv_format)
+    packed = Path(path_or_name).expanduser()
+    held = open_packed(packed).format if is_packed(packed) else quantization or "bf16"
     loading = peak_memory_gb()
     reset_peak_memory()
     tokens = _tokens(model, prompt_tokens + new_tokens)
@@ -102,7 +107,8 @@ def bench(
     read, limit = statistics.median(reads), statistics.median(reads) * 1e9 / model.bytes_per_token()
     return BenchResult(
         model=str(path_or_name),
-        quantization=quantization,
+        quantization=held,
+        kv_format=kv_format,
         isa=cpu.isa(),
         threads=cpu.threads(),
         prompt_tokens=prompt_tokens,

@@ -15,6 +15,7 @@ from tenfold.engine.stopping import Stopping
 from tenfold.engine.structure import Constraint, StructureCompiler
 from tenfold.models import Config
 from tenfold.models.native import NativeModel, load_native
+from tenfold.models.packed_file import is_packed
 from tenfold.models.weights import load
 from tenfold.tokenizer import Tokenizer
 
@@ -125,10 +126,12 @@ def continue_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, max_t
     return "".join(LLM(model, tokenizer).generate(prompt, SamplingParams(max_tokens=max_tokens)))
 
 
-def start_native(path_or_name: str | Path, format: str) -> tuple[NativeModel, Tokenizer | None]:
+def start_native(
+    path_or_name: str | Path, format: str | None, kv_format: str = "fp16"
+) -> tuple[NativeModel, Tokenizer | None]:
     """`load_native`, in a process that is then the kernels': torch keeps one thread."""
     torch.set_num_threads(1)  # or its threads, which spin for a while after each op, take the cores from the kernels'
-    return load_native(path_or_name, format)
+    return load_native(path_or_name, format, kv_format)
 
 
 class LLM:
@@ -150,11 +153,16 @@ class LLM:
         """From a folder, a GGUF file or a hub name, as `tenfold.load`; ValueError where there is no tokenizer.
 
         quantization: `bf16`, `int8` or `int4` run the model on the native kernels, with weights packed so; dtype and
-        device then don't matter. torch is left with one thread in this process.
+        device then don't matter. torch is left with one thread in this process. A folder of `tenfold quantize` needs
+        no mention: it runs there anyway.
         """
-        model, tokenizer = (
-            start_native(path_or_name, quantization) if quantization else load(path_or_name, dtype, device)
-        )
+        packed = is_packed(Path(path_or_name).expanduser())
+        if packed and (dtype, str(device)) != ("float32", "cpu"):
+            raise ValueError(
+                f"{path_or_name}: packed for the native kernels of the CPU; leave out --dtype and --device"
+            )
+        native = packed or quantization is not None
+        model, tokenizer = start_native(path_or_name, quantization) if native else load(path_or_name, dtype, device)
         if tokenizer is None:
             raise ValueError(f"{path_or_name}: no tokenizer.json, which is needed to read a prompt")
         return cls(model, tokenizer)

@@ -6,17 +6,22 @@ Shape letters: T tokens, D hidden, E experts, F expert width, N and K the rows a
 from __future__ import annotations
 
 import functools
+import math
 import os
 import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import Any
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from tenfold.kernels._native import (
         AttentionBlock,
@@ -33,6 +38,9 @@ if TYPE_CHECKING:
     )
 
 FORMATS = ("bf16", "int8", "int4")
+BLOCK, GROUP = 32, 32  # the rows and columns that are packed together (csrc/formats.h)
+GROUP_BYTES = {"bf16": 2048, "int8": 1088, "int4": 576}  # of a block's rows in a group's columns, with scales
+EXPERT_ALIGNMENT = 4096  # bytes
 
 
 @functools.cache
@@ -116,6 +124,17 @@ def multiply_gop_s(format: str) -> float:
     return _native().multiply_gop_s(format)
 
 
+def packed_bytes(format: str, rows: int, cols: int) -> int:
+    """Bytes of a packed weight `[N, K]`."""
+    return -(-rows // BLOCK) * (cols // GROUP) * GROUP_BYTES[format]
+
+
+def expert_bytes(format: str, hidden: int, width: int) -> int:
+    """Bytes of a packed expert, whole pages."""
+    used = 2 * packed_bytes(format, width, hidden) + packed_bytes(format, hidden, width)
+    return -(-used // EXPERT_ALIGNMENT) * EXPERT_ALIGNMENT
+
+
 def pack_linear(weight: Tensor, format: str, importance: Tensor | None = None) -> PackedLinear:
     """Packs a weight `[N, K]`, fp32 or bf16, K a multiple of 32, as `bf16`, `int8` or `int4`.
 
@@ -124,7 +143,7 @@ def pack_linear(weight: Tensor, format: str, importance: Tensor | None = None) -
     return _native().PackedLinear.pack(weight.detach(), format, importance)
 
 
-def packed_linear(packed: Tensor, format: str, rows: int, cols: int) -> PackedLinear:
+def packed_linear(packed: Tensor | NDArray[np.uint8], format: str, rows: int, cols: int) -> PackedLinear:
     """A weight in packed form already, uint8, as from a memory-mapped file: nothing is copied."""
     return _native().PackedLinear(packed, format, rows, cols)
 
@@ -178,7 +197,9 @@ def empty_experts(format: str, count: int, hidden: int, width: int) -> PackedExp
     return _native().PackedExperts(format, count, hidden, width)
 
 
-def packed_experts(packed: Tensor, format: str, count: int, hidden: int, width: int) -> PackedExperts:
+def packed_experts(
+    packed: Tensor | NDArray[np.uint8], format: str, count: int, hidden: int, width: int
+) -> PackedExperts:
     """Experts in packed form already, uint8, as from a memory-mapped file: nothing is copied."""
     return _native().PackedExperts(packed, format, count, hidden, width)
 
@@ -215,15 +236,18 @@ def batch(
     past: Sequence[int] | None = None,
     pages: Sequence[Sequence[int]] | None = None,
     rotation: tuple[Tensor, Tensor] | None = None,
+    saves: Sequence[Sequence[int]] | None = None,
 ) -> Batch:
     """The sequences of a step, for all its layers: sequence n has the tokens `bounds[n] .. bounds[n + 1] - 1`.
 
     slots: where each one's recurrent state lies. past and pages: how many earlier tokens each one has in the
-    cache, and the numbers of the pages that hold those and will hold the new ones, in order. Sequences may
-    share pages that they only read. rotation: cos and sin, fp32 `[T, R / 2]`.
+    cache, and the numbers of the pages that hold those and will hold the new ones, in order, best as arrays of
+    int32. Sequences may share pages that they only read. rotation: cos and sin, fp32 `[T, R / 2]`. saves: where
+    the states after each one's last tokens are written as well, one slot a token; the last may be its own slot.
     """
     cos, sin = rotation or (None, None)
-    return _native().Batch(bounds, slots, past, pages, cos, sin)
+    tables = None if pages is None else [np.asarray(table, np.int32) for table in pages]
+    return _native().Batch(bounds, slots, past, tables, cos, sin, saves)
 
 
 def delta_net_weights(
@@ -255,14 +279,29 @@ def gated_delta_net(
     return out
 
 
-def empty_pages(pages: int, heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Arrays for `key_value_pages`, pages first, as zeros: keys, values, and for int8 their scales."""
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As `torch.empty`, but on large pages where the system has them. Raises MemoryError."""
+    count = math.prod(shape)
+    if not count:
+        return torch.empty(*shape, dtype=dtype)
+    return torch.from_numpy(_native().empty_bytes(count * dtype.itemsize)).view(dtype).view(*shape)
+
+
+def page_parts(
+    heads: int, head_dim: int, page_size: int, dtype: torch.dtype
+) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shapes and dtypes of what `key_value_pages` takes, of one page: keys, values, and for int8 their scales."""
     if dtype != torch.int8:
-        keys, values = (pages, heads, head_dim, page_size), (pages, heads, page_size, head_dim)
-        return torch.zeros(keys, dtype=dtype), torch.zeros(values, dtype=dtype)
-    keys, values = (pages, heads, head_dim // 2, page_size, 2), (pages, heads, page_size // 2, head_dim, 2)
-    scales = (torch.zeros(pages, heads, page_size) for _ in range(2))
-    return torch.zeros(keys, dtype=dtype), torch.zeros(values, dtype=dtype), *scales
+        return ((heads, head_dim, page_size), dtype), ((heads, page_size, head_dim), dtype)
+    keys, values = (heads, head_dim // 2, page_size, 2), (heads, page_size // 2, head_dim, 2)
+    scales = (heads, page_size), torch.float32
+    return (keys, dtype), (values, dtype), scales, scales
+
+
+def empty_pages(pages: int, heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Arrays for `key_value_pages`, pages first, as zeros."""
+    parts = page_parts(heads, head_dim, page_size, dtype)
+    return tuple(torch.zeros(pages, *shape, dtype=dtype) for shape, dtype in parts)
 
 
 def key_value_pages(

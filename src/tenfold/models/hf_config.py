@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 MAY_BE_ZERO = re.compile("expert|moe|nextn")  # among the counts and sizes
+LARGEST, LONGEST = 1 << 20, 1 << 32  # of the counts and sizes; and of a context, in tokens
 
 
 def known_fields(cls: type, values: Mapping[str, object]) -> dict[str, Any]:
@@ -38,11 +39,27 @@ def hf_fields(config: object, architecture: str) -> dict[str, object]:
 
 
 def check_fields(config: object) -> None:
-    """Raises ValueError for a field of the wrong type, and for a count or size below the least that makes a model."""
+    """Raises ValueError for a field of the wrong type, and for a count, size or number that makes no model."""
     for field in fields(config):  # type: ignore[arg-type]
-        value, kind = getattr(config, field.name), type(field.default)
-        if kind in (bool, int, float, str) and type(value) is not kind and not (kind is float and type(value) is int):
+        kind = type(field.default)
+        value: Any = getattr(config, field.name)
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if kind in (bool, int, float, str, tuple) and not fits:
             raise ValueError(f"{field.name} must be of type {kind.__name__}, got {value!r}")
-        least = 0 if MAY_BE_ZERO.search(field.name) else 1
-        if kind is int and int(value) < least:
-            raise ValueError(f"{field.name} must be {least} or more, got {value}")
+        if kind is int:
+            _check_count(field.name, value)
+        if kind is float and not 0 <= value < 1e30:
+            raise ValueError(f"{field.name} must be a number from 0 on, got {value}")
+    scaling, rotated = (getattr(config, name, None) for name in ("rope_scaling", "partial_rotary_factor"))
+    if scaling is not None and not isinstance(scaling, dict):
+        raise ValueError(f"rope_scaling must be an object, got {scaling!r}")
+    if rotated is not None and rotated > 1:
+        raise ValueError(f"partial_rotary_factor must be 1 at most, got {rotated}")
+
+
+def _check_count(name: str, value: int) -> None:
+    least, most = 0 if MAY_BE_ZERO.search(name) else 1, LONGEST if "position" in name else LARGEST
+    if value < least:
+        raise ValueError(f"{name} must be {least} or more, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be {most} at most, got {value:.3g}")

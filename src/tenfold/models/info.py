@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tenfold.models import Config
 from tenfold.models.cache import FULL_ATTENTION
-from tenfold.models.layout import StoredTensor
-from tenfold.models.weights import Checkpoint, open_checkpoint
+from tenfold.models.packed_file import PackedFile, is_packed, open_packed
+from tenfold.models.weights import build_on_meta, open_checkpoint
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,7 +37,7 @@ class ModelInfo:
     context: int  # tokens
     experts: int  # per sparse layer; 0 in a dense model
     experts_per_token: int
-    expert_layout: str | None  # "separate" or "stacked" in the files
+    expert_layout: str | None  # "separate", "stacked" or "packed" in the files
     parameters: int  # MTP left out
     mtp_parameters: int
     active_body: int  # neither embedding nor output head
@@ -59,19 +60,38 @@ class ModelInfo:
 
 def describe(path: str | Path) -> ModelInfo:
     """Reads configuration and headers, no tensor. Raises ValueError or OSError as `open_checkpoint` does."""
+    if is_packed(Path(path)):
+        return _describe_packed(open_packed(Path(path)))
     checkpoint = open_checkpoint(path)
-    config, tensors = checkpoint.config, checkpoint.tensors
+    held = [(tensor.dtype, tensor.nbytes) for tensor in checkpoint.tensors.values()]
+    sizes = {name: math.prod(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    files = len({tensor.path for tensor in checkpoint.tensors.values()})
+    return _describe(checkpoint.path, checkpoint.config, sizes, held, files, checkpoint.has_tokenizer)
+
+
+def _describe_packed(file: PackedFile) -> ModelInfo:
+    held = [(entry.format, entry.nbytes) for entries in file.owners.values() for entry in entries]
+    sizes = {name: parameter.numel() for name, parameter in build_on_meta(file.config).named_parameters()}
+    folder = file.path.parent
+    info = _describe(folder, file.config, sizes, held, 1, (folder / "tokenizer.json").is_file())
+    return replace(info, expert_layout="packed" if info.experts else None)
+
+
+def _describe(
+    path: Path, config: Config, sizes: Mapping[str, int], held: Sequence[tuple[str, int]], files: int, tokenizer: bool
+) -> ModelInfo:
+    """sizes: parameters of each tensor; held: dtype and bytes of what is in the files."""
     bytes_by_dtype: Counter[str] = Counter()
-    for tensor in tensors.values():
-        bytes_by_dtype[tensor.dtype] += tensor.nbytes
+    for dtype, nbytes in held:
+        bytes_by_dtype[dtype] += nbytes
     experts = getattr(config, "num_experts", 0)
     per_token = getattr(config, "num_experts_per_tok", 0)
-    body, head, embedding, mtp = _parameter_counts(tensors)
-    active = _active_parameters(tensors, per_token / experts if experts else 0.0)
+    body, head, embedding, mtp = _parameter_counts(sizes)
+    active = _active_parameters(sizes, per_token / experts if experts else 0.0)
     kinds = config.layer_kinds
     attending = sum(kind == FULL_ATTENTION for kind in kinds)
     return ModelInfo(
-        folder=str(checkpoint.path),
+        folder=str(path),
         architecture=config.model_type,
         layers=config.num_hidden_layers,
         layout=layer_layout(kinds),
@@ -80,16 +100,16 @@ def describe(path: str | Path) -> ModelInfo:
         context=config.max_position_embeddings,
         experts=experts,
         experts_per_token=per_token,
-        expert_layout=_expert_layout(tensors),
+        expert_layout=_expert_layout(sizes),
         parameters=body + head + embedding,
         mtp_parameters=mtp,
         active_body=active,
         active_with_head=active + (head or embedding),
         bytes_by_dtype=dict(bytes_by_dtype),
-        files=len({tensor.path for tensor in tensors.values()}),
-        state_bytes=_state_bytes(checkpoint, len(kinds) - attending),
+        files=files,
+        state_bytes=_state_bytes(config, len(kinds) - attending),
         kv_bytes_per_token=2 * config.num_key_value_heads * config.head_dim * attending * KV_BYTES,
-        tokenizer=checkpoint.has_tokenizer,
+        tokenizer=tokenizer,
     )
 
 
@@ -101,11 +121,11 @@ def layer_layout(kinds: tuple[str, ...]) -> str:
     return f"{length // period} x ({runs})" if period > 1 else f"{length} {MIXERS[kinds[0]]}"
 
 
-def _parameter_counts(tensors: Mapping[str, StoredTensor]) -> tuple[int, int, int, int]:
+def _parameter_counts(sizes: Mapping[str, int]) -> tuple[int, int, int, int]:
     """Parameters of body, output head, embedding and MTP."""
     counts: Counter[str] = Counter()
-    for name, tensor in tensors.items():
-        counts[_part(name)] += math.prod(tensor.shape)
+    for name, size in sizes.items():
+        counts[_part(name)] += size
     return counts["body"], counts["head"], counts["embedding"], counts["mtp"]
 
 
@@ -115,23 +135,23 @@ def _part(name: str) -> str:
     return {"lm_head.weight": "head", "model.embed_tokens.weight": "embedding"}.get(name, "body")
 
 
-def _active_parameters(tensors: Mapping[str, StoredTensor], share_of_experts: float) -> int:
+def _active_parameters(sizes: Mapping[str, int], share_of_experts: float) -> int:
     """The body's parameters that work on a token: of the routed experts only the chosen ones."""
-    body = {name: math.prod(tensor.shape) for name, tensor in tensors.items() if _part(name) == "body"}
+    body = {name: size for name, size in sizes.items() if _part(name) == "body"}
     routed = sum(count for name, count in body.items() if ".mlp.experts." in name)
     return sum(body.values()) - routed + round(routed * share_of_experts)
 
 
-def _expert_layout(tensors: Mapping[str, StoredTensor]) -> str | None:
-    if any(ONE_OF_SEPARATE.search(name) for name in tensors):
+def _expert_layout(names: Collection[str]) -> str | None:
+    if any(ONE_OF_SEPARATE.search(name) for name in names):
         return "separate"
-    return "stacked" if any(".mlp.experts." in name for name in tensors) else None
+    return "stacked" if any(".mlp.experts." in name for name in names) else None
 
 
-def _state_bytes(checkpoint: Checkpoint, recurrent_layers: int) -> int:
+def _state_bytes(config: Config, recurrent_layers: int) -> int:
     if not recurrent_layers:
         return 0
-    return recurrent_layers * STATE_BYTES * sum(map(math.prod, checkpoint.config.state_shapes()))
+    return recurrent_layers * STATE_BYTES * sum(map(math.prod, config.state_shapes()))
 
 
 def _rows(info: ModelInfo) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ from tenfold.models import Model
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 STORED_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PACKED = "model.tenfold"  # weights as the native kernels read them (packed_file.py)
 LOADABLE = ("float32", "bfloat16", "float16")
 ALWAYS_FP32 = (
     "A_log",

@@ -308,8 +308,8 @@ def _projection_parts(name: str, hidden: int, config: Qwen3NextConfig) -> list[P
 def read_parts(
     parts: Sequence[Part], held: Mapping[str, StoredTensor], config: Config, state: Mapping[str, Tensor]
 ) -> Iterator[Filled]:
-    """What goes where, in the order of the file."""
-    for part in sorted(parts, key=lambda part: (held[part.name].path, held[part.name].begin)):
+    """What goes where, part by part."""
+    for part in parts:
         stored = held[part.name]
         for place, numbers, nbytes in read_into(part.views(state[part.parameter]), stored):
             yield Filled(part.parameter, place, _restored(part.parameter, numbers, config, stored.path), nbytes)

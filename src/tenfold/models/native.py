@@ -1,32 +1,45 @@
 """Inference on the compiled kernels: Qwen3-Next and Qwen3 from packed weights.
 
 A layer is two calls; what happens in them is in csrc/blocks.cpp. Activations are fp32. A token's results have the same
-bits whether it is decoded or prefilled, in chunks of any size, on any number of threads.
+bits whether it is decoded or prefilled, in chunks of any size, in any company, on any number of threads.
 
 Shape letters: T tokens, D hidden.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from tenfold.kernels import cpu
 from tenfold.models import Config
-from tenfold.models.native_cache import KeyValueMemory, NativeCache, RecurrentMemory
-from tenfold.models.packing import complete_owners, pack_owner
+from tenfold.models.fingerprint import weights_digest
+from tenfold.models.native_cache import KV_FORMATS, PAGE, KeyValueMemory, NativeCache, Pool, RecurrentMemory
+from tenfold.models.packed_file import is_packed, open_packed, read_owners
+from tenfold.models.packing import complete_owners, owner_by_owner, pack_owner, planned_bytes
 from tenfold.models.qwen3_next import Qwen3NextConfig
-from tenfold.models.weights import build_on_meta, load_tokenizer, open_checkpoint, read_parameters, resolve_path
-from tenfold.ops.rotary import rotary_table
+from tenfold.models.room import packing_bytes, require_room, smaller_formats
+from tenfold.models.rope import RotaryTable
+from tenfold.models.weights import (
+    build_on_meta,
+    load_tokenizer,
+    open_checkpoint,
+    packing_dtype,
+    read_parameters,
+    resolve_path,
+)
 from tenfold.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from tenfold.models.packing import Packed
 
+NUMERICS = 1  # goes up with whatever changes a bit of what is cached: kernels, their order of summation, layouts
 PREFILL_TOKENS = 512  # that pass the layers at once, so that a long prompt needs no more memory than a short one
 
 
@@ -89,42 +102,93 @@ def feed_forward(config: Config, packed: Packed) -> cpu.SparseBlock | cpu.DenseB
     return cpu.sparse_block(norm, router, shared_gate, packed.experts, k, normalize)
 
 
-class NativeModel:
-    """The language model with packed weights, for one sequence at a time."""
+class MultiTokenPrediction:
+    """From the embedding of a token and the hidden state before it, a hidden state that predicts the token after it."""
 
-    def __init__(self, config: Config, owners: Iterable[tuple[str, Packed]]) -> None:
-        """Takes the packed weights of all owners, in any order. Raises ValueError for a shape that the kernels lack."""
-        self.config = config
+    def __init__(self, config: Config, packed: Packed, layer: DecoderLayer) -> None:
+        names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+        self.embedding_norm, self.hidden_norm, self.norm = (
+            norm_weight(config, packed.tensors[f"{name}.weight"]) for name in names
+        )
+        self.input = [packed.matrices["fc.weight"]]
+        self.layer = layer
+
+    def __call__(
+        self, embedding: Tensor, hidden: Tensor, memory: KeyValueMemory | RecurrentMemory, batch: cpu.Batch
+    ) -> Tensor:
+        """All `[T, D]`."""
+        both = cpu.rms_norm(embedding, self.embedding_norm), cpu.rms_norm(hidden, self.hidden_norm)
+        x = cpu.linear(torch.cat(both, 1), self.input)[0]
+        return cpu.rms_norm(x, self.norm, self.layer(x, None, memory, batch))
+
+    def nbytes(self) -> int:
+        """Bytes of packed weights."""
+        return self.input[0].nbytes + self.layer.packed.nbytes()
+
+
+class Span(Protocol):
+    """Tokens of one sequence, and where its memory lies: the engine's `Span`."""
+
+    @property
+    def tokens(self) -> Sequence[int]: ...
+    @property
+    def slot(self) -> int: ...
+    @property
+    def past(self) -> int: ...
+    @property
+    def pages(self) -> Sequence[int]: ...
+    @property
+    def saves(self) -> Sequence[int]: ...
+
+
+class NativeModel:
+    """The language model with packed weights: for one sequence with its cache, or for many in a pool, as the engine
+    asks (`EngineModel`).
+    """
+
+    page_tokens = PAGE
+
+    def __init__(self, config: Config, owners: Iterable[tuple[str, Packed]], kv_format: str = "fp16") -> None:
+        """Takes the packed weights of all owners, in any order. kv_format: of keys and values, one of KV_FORMATS.
+
+        Raises ValueError for a shape or a format that the kernels lack.
+        """
+        if kv_format not in KV_FORMATS:
+            raise ValueError(f"unknown format of keys and values {kv_format!r}: {', '.join(KV_FORMATS)}")
+        self.config, self.kv_format = config, kv_format
         skeleton = build_on_meta(config)
-        self._frequencies, self._rope_factor = skeleton.frequencies, skeleton.rope_factor
-        layers: dict[int, DecoderLayer] = {}
-        for owner, packed in owners:
-            if owner == "model":
-                self._take_trunk(packed)
-            elif owner == "lm_head":
-                self.head = list(packed.matrices.values())
-            elif owner.startswith("model.layers."):
-                layers[int(owner.removeprefix("model.layers."))] = DecoderLayer(config, packed)
-        self.layers = [layers[i] for i in range(config.num_hidden_layers)]
+        self._rotary = RotaryTable(skeleton.frequencies, skeleton.rope_factor)
+        packed = dict(owners)
+        told = f"{weights_digest(config, packed)} {kv_format} {cpu.isa()} {NUMERICS}"
+        self.fingerprint = hashlib.sha256(told.encode()).hexdigest()  # of what decides the bits of what is cached
+        self.embedding = list(packed["model"].matrices.values())
+        self.head = self.embedding if config.tie_word_embeddings else list(packed["lm_head"].matrices.values())
+        self.norm = norm_weight(config, packed["model"].tensors["norm.weight"])
+        self.layers = [DecoderLayer(config, packed[f"model.layers.{i}"]) for i in range(config.num_hidden_layers)]
+        self.mtp = None
+        if "mtp" in packed:
+            self.mtp = MultiTokenPrediction(config, packed["mtp"], DecoderLayer(config, packed["mtp.layers.0"]))
+        self.can_draft = self.mtp is not None
+        self._pool = Pool(config, KV_FORMATS[kv_format], self.can_draft)
+        self.page_bytes, self.state_bytes = self._pool.pages.block_bytes, self._pool.states.block_bytes
 
     @classmethod
-    def pack(cls, config: Config, parameters: Iterable[tuple[str, Tensor]], format: str) -> Self:
+    def pack(
+        cls, config: Config, parameters: Iterable[tuple[str, Tensor]], format: str, kv_format: str = "fp16"
+    ) -> Self:
         """Takes parameters, fp32 or bf16, as they come, and keeps none: an owner is packed once it is complete.
 
         format: of the large matrices, `bf16`, `int8` or `int4`. Raises ValueError for a shape that the kernels lack.
         """
         owners = complete_owners(build_on_meta(config), parameters)
-        return cls(config, ((owner, pack_owner(config, owner, weights, format)) for owner, weights in owners))
+        packed = ((owner, pack_owner(config, owner, weights, format)) for owner, weights in owners)
+        return cls(config, packed, kv_format)
 
-    def _take_trunk(self, packed: Packed) -> None:
-        self.embedding = list(packed.matrices.values())
-        self.norm = norm_weight(self.config, packed.tensors["norm.weight"])
-        if self.config.tie_word_embeddings:
-            self.head = self.embedding
+    # ---- one sequence --------------------------------------------------------------------------------------
 
     def new_cache(self) -> NativeCache:
         """An empty cache for one sequence."""
-        return NativeCache(self.config)
+        return NativeCache(self.config, KV_FORMATS[self.kv_format])
 
     def next_logits(self, tokens: Sequence[int], cache: NativeCache) -> Tensor:
         """Logits fp32 `[vocab]` after tokens that follow those in the cache, which is advanced."""
@@ -133,30 +197,100 @@ class NativeModel:
             hidden = self.hidden_states(chunk, cache)
         return self.logits(hidden[-1:])[0]
 
+    def hidden_states(self, input_ids: Tensor, cache: NativeCache) -> Tensor:
+        """What the head reads, fp32 `[T, D]`, for int64 `[T]` tokens that follow those in the cache."""
+        end = cache.length + len(input_ids)
+        batch = cache.next_batch(len(input_ids), self._rotary(torch.arange(cache.length, end), end))
+        hidden = self._body(input_ids, cache.pool, batch)
+        cache.length = end
+        return hidden
+
+    def _body(self, input_ids: Tensor, pool: Pool, batch: cpu.Batch) -> Tensor:
+        x, delta = cpu.take_rows(self.embedding, input_ids), None
+        for layer, memory in zip(self.layers, pool.layers, strict=False):  # drafting has a memory of its own
+            delta = layer(x, delta, memory, batch)
+        return cpu.rms_norm(x, self.norm, delta)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 `[T, vocab]` of hidden states `[T, D]`."""
         return cpu.linear_stacked(hidden, self.head)
 
-    def hidden_states(self, input_ids: Tensor, cache: NativeCache) -> Tensor:
-        """What the head reads, fp32 `[T, D]`, for int64 `[T]` tokens that follow those in the cache."""
-        count = len(input_ids)
-        positions = torch.arange(cache.length, cache.length + count)
-        batch = cache.next_batch(count, rotary_table(positions, self._frequencies, self._rope_factor))
-        x, delta = cpu.take_rows(self.embedding, input_ids), None
-        for layer, memory in zip(self.layers, cache.layers, strict=True):
-            delta = layer(x, delta, memory, batch)
-        cache.length += count
-        return cpu.rms_norm(x, self.norm, delta)
+    # ---- many sequences ------------------------------------------------------------------------------------
+
+    def allocate(self, pages: int, slots: int) -> None:
+        """Makes the memory, once. Raises MemoryError."""
+        self._pool.grow(pages, slots)
+
+    def forward(self, spans: Sequence[Span]) -> Tensor:
+        """Hidden states after each token, fp32 `[T, D]`, span after span; the spans' memory advances."""
+        return self._body(tokens_of(spans), self._pool, self._batch(spans))
+
+    def draft(self, spans: Sequence[Span], hidden: Tensor) -> Tensor:
+        """One step of multi-token prediction: hidden states `[T, D]` of its own, which may be its next input.
+
+        The token at i of a span goes with the hidden state of the token before it, row i of `hidden` `[T, D]`;
+        `past` counts from the second token of the sequence, as do the positions.
+        """
+        assert self.mtp is not None, "the configuration has no MTP module"
+        embedding = cpu.take_rows(self.embedding, tokens_of(spans))
+        return self.mtp(embedding, hidden, self._pool.layers[-1], self._batch(spans))
+
+    def _batch(self, spans: Sequence[Span]) -> cpu.Batch:
+        ends = [span.past + len(span.tokens) for span in spans]
+        ranges = (range(span.past, end) for span, end in zip(spans, ends, strict=True))
+        positions = torch.tensor(list(chain.from_iterable(ranges)))
+        return cpu.batch(
+            list(accumulate((len(span.tokens) for span in spans), initial=0)),
+            slots=[span.slot for span in spans],
+            past=[span.past for span in spans],
+            pages=[span.pages for span in spans],
+            rotation=self._rotary(positions, max(ends)),
+            saves=[span.saves for span in spans],
+        )
+
+    def clear_state(self, slot: int) -> None:
+        """As before the first token."""
+        self._pool.states.clear(slot)
+
+    def copy_state(self, source: int, target: int) -> None:
+        self._pool.states.copy(source, target)
+
+    def copy_page(self, source: int, target: int) -> None:
+        self._pool.pages.copy(source, target)
+
+    def read_state(self, slot: int) -> Tensor:
+        """A copy, uint8 `[state_bytes]`."""
+        return self._pool.states.read(slot)
+
+    def write_state(self, slot: int, state: Tensor) -> None:
+        """Takes what `read_state` gave. Raises ValueError for another size."""
+        self._pool.states.write(slot, state)
+
+    def read_page(self, page: int) -> Tensor:
+        """A copy, uint8 `[page_bytes]`."""
+        return self._pool.pages.read(page)
+
+    def write_page(self, page: int, content: Tensor) -> None:
+        """Takes what `read_page` gave. Raises ValueError for another size."""
+        self._pool.pages.write(page, content)
+
+    # ---- sizes ---------------------------------------------------------------------------------------------
 
     def nbytes(self) -> int:
         """Bytes of the embedding and of packed weights."""
         vocabulary = {id(part): part for part in (*self.embedding, *self.head)}
-        return sum(part.nbytes for part in vocabulary.values()) + sum(x.packed.nbytes() for x in self.layers)
+        packed = sum(layer.packed.nbytes() for layer in self.layers) + (self.mtp.nbytes() if self.mtp else 0)
+        return sum(part.nbytes for part in vocabulary.values()) + packed
 
     def bytes_per_token(self) -> int:
-        """Bytes of packed weights that one token reads."""
+        """Bytes of packed weights that one token reads, without drafting."""
         head = sum(part.nbytes for part in self.head)
         return head + sum(layer.bytes_per_token() for layer in self.layers)
+
+
+def tokens_of(spans: Sequence[Span]) -> Tensor:
+    """int64 `[T]`, span after span."""
+    return torch.tensor(list(chain.from_iterable(span.tokens for span in spans)))
 
 
 def norm_weight(config: Config, weight: Tensor) -> cpu.NormWeight:
@@ -164,16 +298,42 @@ def norm_weight(config: Config, weight: Tensor) -> cpu.NormWeight:
     return cpu.norm_weight(weight, config.rms_norm_eps, zero_centered=isinstance(config, Qwen3NextConfig))
 
 
-def load_native(path_or_name: str | Path, format: str) -> tuple[NativeModel, Tokenizer | None]:
-    """A model packed while it is read, and its tokenizer where there is one; path_or_name as for `weights.load`.
+def load_native(
+    path_or_name: str | Path, format: str | None = None, kv_format: str = "fp16"
+) -> tuple[NativeModel, Tokenizer | None]:
+    """A model, packed while it is read or packed already, and its tokenizer where there is one.
 
-    In memory: the packed model, and a layer or two as they are in the files. Raises ValueError or OSError, in one
-    line, where the checkpoint cannot be read, or the kernels cannot run.
+    path_or_name: as for `weights.load`, or a folder of `tenfold quantize`, whose weights stay in the file and are
+    mapped. format: of the large matrices; without it bf16, or the packed file's own. In memory, while packing: the
+    packed model, and a layer or two as they are in the files. Raises ValueError or OSError, in one line, where the
+    checkpoint cannot be read or is too large for the memory, or the kernels cannot run.
     """
     cpu.require()
     path = resolve_path(path_or_name)
-    checkpoint = open_checkpoint(path)
-    matrices = {tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1}
-    dtype = torch.bfloat16 if matrices == {"BF16"} else torch.float32
-    model = NativeModel.pack(checkpoint.config, read_parameters(checkpoint, dtype, progress=True), format)
+    model = (
+        _map_packed(path, format, kv_format) if is_packed(path) else _pack_checkpoint(path, format or "bf16", kv_format)
+    )
     return model, load_tokenizer(path)
+
+
+def _map_packed(folder: Path, format: str | None, kv_format: str) -> NativeModel:
+    file = open_packed(folder)
+    if format not in (None, file.format):
+        raise ValueError(
+            f"{folder}: packed as {file.format}, not {format}; leave out --quantization, or quantize again"
+        )
+    smaller = cpu.FORMATS[cpu.FORMATS.index(file.format) + 1 :]
+    skeleton = build_on_meta(file.config)
+    require_room(folder, file.size, {f"quantize --to {x}": planned_bytes(skeleton, x) for x in smaller})
+    return NativeModel(file.config, read_owners(file), kv_format)
+
+
+def _pack_checkpoint(path: Path, format: str, kv_format: str) -> NativeModel:
+    checkpoint = open_checkpoint(path)
+    dtype = packing_dtype(checkpoint)
+    skeleton = build_on_meta(checkpoint.config)
+    if format in cpu.FORMATS:
+        smaller = smaller_formats(skeleton, dtype.itemsize, format)
+        require_room(path, packing_bytes(skeleton, format, dtype.itemsize), smaller)
+    parameters = read_parameters(checkpoint, dtype, progress=True, names=owner_by_owner(skeleton))
+    return NativeModel.pack(checkpoint.config, parameters, format, kv_format)

@@ -1,67 +1,131 @@
-"""What `NativeModel` remembers of a sequence, laid out as the kernels read it: pages of keys and values, and states."""
+"""What `NativeModel` remembers of sequences, laid out as the kernels read it: pages of keys and values, and states."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from array import array
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from tenfold.kernels import cpu
 from tenfold.models import Config
-from tenfold.models.cache import FULL_ATTENTION
+from tenfold.models.cache import FULL_ATTENTION, LINEAR_ATTENTION
 
 PAGE = 32  # tokens
 FIRST_PAGES = 8
+KV_FORMATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 class KeyValueMemory:
-    """Pages of one attention layer; `arrays` as `cpu.empty_pages` makes them, `handle` for the kernel."""
+    """Pages of one attention layer; `arrays` as `cpu.key_value_pages` takes them, `handle` for the kernel."""
 
-    def __init__(self, heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        self._shape = heads, head_dim, PAGE, dtype
-        self._place(cpu.empty_pages(FIRST_PAGES, *self._shape))
-
-    def _place(self, arrays: tuple[Tensor, ...]) -> None:
+    def __init__(self, arrays: Sequence[Tensor]) -> None:
         self.arrays, self.handle = arrays, cpu.key_value_pages(*arrays)
-
-    def reserve(self, pages: int) -> None:
-        """Makes room for this many pages; the room at least doubles, so that few tokens are copied often."""
-        held = len(self.arrays[0])
-        if pages > held:
-            more = cpu.empty_pages(max(pages - held, held), *self._shape)
-            self._place(tuple(torch.cat(pair) for pair in zip(self.arrays, more, strict=True)))
 
 
 class RecurrentMemory:
-    """The states of one Gated DeltaNet layer: conv `[1, C, W-1]` and recurrent `[1, HV, V, K]`, fp32."""
+    """The states of one Gated DeltaNet layer: conv `[slots, C, W-1]` and recurrent `[slots, HV, V, K]`, fp32."""
 
-    def __init__(self, conv: tuple[int, ...], recurrent: tuple[int, ...]) -> None:
-        self.arrays = torch.zeros(1, *conv), torch.zeros(1, *recurrent)
-        self.handle = cpu.recurrent_states(*self.arrays)
+    def __init__(self, arrays: Sequence[Tensor]) -> None:
+        self.arrays, self.handle = arrays, cpu.recurrent_states(*arrays)
+
+
+class Blocks:
+    """Numbered blocks of memory that have a part in each of some layers: pages, or slots.
+
+    arrays: `[layers, blocks, ...]`, one for each shape and dtype that a layer's part consists of.
+    """
+
+    def __init__(self, layers: int, parts: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> None:
+        self._layers, self._parts = layers, parts
+        self.block_bytes = layers * sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
+        self.arrays = [torch.empty(layers, 0, *shape, dtype=dtype) for shape, dtype in parts]
+        self.count = 0
+
+    def grow(self, count: int) -> None:
+        """Makes room for this many blocks; new ones are zero. Raises MemoryError."""
+        larger = [cpu.empty((self._layers, count, *shape), dtype) for shape, dtype in self._parts]
+        for old, new in zip(self.arrays, larger, strict=True):
+            new[:, : self.count] = old
+            new[:, self.count :] = 0
+        self.arrays, self.count = larger, count
+
+    def clear(self, block: int) -> None:
+        for part in self.arrays:
+            part[:, block] = 0
+
+    def copy(self, source: int, target: int) -> None:
+        for part in self.arrays:
+            part[:, target] = part[:, source]
+
+    def read(self, block: int) -> Tensor:
+        """A copy, uint8 `[block_bytes]`."""
+        content = torch.empty(self.block_bytes, dtype=torch.uint8)
+        for part, held in self._pairs(content, block):
+            part.copy_(held)
+        return content
+
+    def write(self, block: int, content: Tensor) -> None:
+        """Takes what `read` gave. Raises ValueError for another size."""
+        if content.dtype != torch.uint8 or content.shape != (self.block_bytes,):
+            raise ValueError(
+                f"expected uint8 [{self.block_bytes}], got {content.dtype} {list(content.shape)}: "
+                "it was read from a model of another shape or kv_format"
+            )
+        for part, held in self._pairs(content, block):
+            held.copy_(part)
+
+    def _pairs(self, content: Tensor, block: int) -> Iterator[tuple[Tensor, Tensor]]:
+        held = [part[:, block] for part in self.arrays]
+        pieces = content.split([part.nbytes for part in held])
+        for piece, part in zip(pieces, held, strict=True):
+            yield piece.view(part.dtype).view(part.shape), part
+
+
+class Pool:
+    """Memory for many sequences: pages over all attention layers, slots over all recurrent ones.
+
+    drafts: with pages for the module of multi-token prediction, which is the last of `layers`.
+    """
+
+    def __init__(self, config: Config, dtype: torch.dtype, drafts: bool) -> None:
+        self._kinds = (*config.layer_kinds, *([FULL_ATTENTION] if drafts else []))
+        attending, recurring = (self._kinds.count(kind) for kind in (FULL_ATTENTION, LINEAR_ATTENTION))
+        page = cpu.page_parts(config.num_key_value_heads, config.head_dim, PAGE, dtype)
+        state = [(shape, torch.float32) for shape in config.state_shapes()] if recurring else []
+        self.pages, self.states = Blocks(attending, page), Blocks(recurring, state)
+        self.layers: list[KeyValueMemory | RecurrentMemory] = []
+
+    def grow(self, pages: int, slots: int) -> None:
+        """Makes room for so many. Raises MemoryError."""
+        if pages > self.pages.count:
+            self.pages.grow(pages)
+        if slots > self.states.count:
+            self.states.grow(slots)
+        keys, states = zip(*self.pages.arrays, strict=True), zip(*self.states.arrays, strict=True)
+        self.layers = [
+            KeyValueMemory(next(keys)) if kind == FULL_ATTENTION else RecurrentMemory(next(states))
+            for kind in self._kinds
+        ]
 
 
 class NativeCache:
-    """One memory per layer, for one sequence. Keys and values are of `dtype`: fp32, fp16, bf16 or int8."""
+    """A pool for one sequence, which grows with it. Keys and values are of `dtype`: fp32, fp16, bf16 or int8."""
 
     def __init__(self, config: Config, dtype: torch.dtype = torch.float16) -> None:
         self.length = 0  # tokens seen
-        self.layers: list[KeyValueMemory | RecurrentMemory] = [
-            KeyValueMemory(config.num_key_value_heads, config.head_dim, dtype)
-            if kind == FULL_ATTENTION
-            else RecurrentMemory(*config.state_shapes())
-            for kind in config.layer_kinds
-        ]
+        self.pool = Pool(config, dtype, drafts=False)
+        self._grow(FIRST_PAGES)
 
     def next_batch(self, tokens: int, rotation: tuple[Tensor, Tensor]) -> cpu.Batch:
         """Makes room for the next tokens, whose cos and sin these are `[T, R/2]`, and describes them to the kernels."""
         pages = -(-(self.length + tokens) // PAGE)
-        for layer in self.layers:
-            if isinstance(layer, KeyValueMemory):
-                layer.reserve(pages)
-        return cpu.batch([0, tokens], slots=[0], past=[self.length], pages=[range(pages)], rotation=rotation)
+        if pages > self.pool.pages.count:
+            self._grow(max(pages, 2 * self.pool.pages.count))
+        return cpu.batch([0, tokens], slots=[0], past=[self.length], pages=[self._table], rotation=rotation)
 
-    def tensors(self) -> Iterator[Tensor]:
-        """All that is held, layer by layer."""
-        for layer in self.layers:
-            yield from layer.arrays
+    def _grow(self, pages: int) -> None:
+        self.pool.grow(pages, 1)
+        self._table = array("i", range(pages))

@@ -1,4 +1,4 @@
-"""Rotary frequencies of a configuration: plain, or stretched by YaRN."""
+"""Rotary frequencies of a configuration: plain, or stretched by YaRN; and a table of their cos and sin."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from tenfold.ops.rotary import rotary_table
+
+FIRST_POSITIONS = 4096
 
 
 def inverse_frequencies(theta: float, dim: int, scaling: Mapping[str, object] | None) -> tuple[Tensor, float]:
@@ -25,6 +29,23 @@ def inverse_frequencies(theta: float, dim: int, scaling: Mapping[str, object] | 
     if kind != "yarn":
         raise ValueError(f"rope_scaling: got rope_type {kind!r}, expected 'default' or 'yarn'")
     return _yarn(frequencies, theta, dim, scaling)
+
+
+class RotaryTable:
+    """cos and sin `[.., dim / 2]` by position, kept up to the longest one asked for, and doubled beyond."""
+
+    def __init__(self, frequencies: Tensor, factor: float) -> None:
+        self._frequencies, self._factor = frequencies, factor
+        self._positions = 0
+        self._tables = torch.empty(0), torch.empty(0)
+
+    def __call__(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Those of int64 `[T]` positions, which lie below `end`."""
+        if end > self._positions:
+            self._positions = max(FIRST_POSITIONS, 2 * end)
+            self._tables = rotary_table(torch.arange(self._positions), self._frequencies, self._factor)
+        cos, sin = self._tables
+        return cos[positions], sin[positions]
 
 
 def _yarn(frequencies: Tensor, theta: float, dim: int, scaling: Mapping[str, object]) -> tuple[Tensor, float]:

@@ -15,17 +15,17 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from io import BufferedReader
 from itertools import groupby
 from pathlib import Path
 from textwrap import shorten
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tenfold.models import ARCHITECTURES, Config, Model
@@ -34,6 +34,7 @@ from tenfold.models.layout import (
     ALWAYS_FP32,
     DTYPES,
     LOADABLE,
+    PACKED,
     STORED_NAMES,
     ExpertLayout,
     Filled,
@@ -46,6 +47,7 @@ from tenfold.models.layout import (
     pieces,
 )
 from tenfold.models.llama_cpp import (
+    Part,
     has_tokenizer,
     match_parts,
     named_tensors,
@@ -54,12 +56,15 @@ from tenfold.models.llama_cpp import (
     read_tokenizer,
 )
 from tenfold.models.qwen3_next import Qwen3NextConfig
+from tenfold.models.room import require_room, smaller_formats, torch_bytes
 from tenfold.tokenizer import Tokenizer
 
 INDEX, SINGLE, STAGING = "model.safetensors.index.json", "model.safetensors", ".unfinished"
 PICKLED = (".bin", ".pt", ".pth", ".pkl")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]
+STEP = 1 << 22  # numbers that are read at once
+PlaceT = TypeVar("PlaceT", Piece, Part)
 Advance = Callable[[int], None]  # of a progress bar, by bytes
 Read = Callable[[Mapping[str, Tensor]], Iterator[Filled]]  # into the parameters of a mapping
 
@@ -145,6 +150,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     tensors = {name: tensor for file in _weight_files(path) for name, tensor in read_header(file).items()}
     if not tensors:
         raise ValueError(f"{path}: the weight files hold no tensors")
+    if config.num_hidden_layers > len(tensors):
+        raise ValueError(f"{path}: {len(tensors)} tensors, too few for num_hidden_layers {config.num_hidden_layers}")
     if isinstance(config, Qwen3NextConfig):
         modules = int(any(name.startswith("mtp.") for name in tensors))
         config = replace(config, num_nextn_predict_layers=modules)
@@ -192,7 +199,7 @@ def read_config(folder: str | Path) -> Config:
 def _read_object(path: Path) -> dict[str, object]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON as of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON as of UTF-8
         raise ValueError(f"{path}: not valid JSON ({error}); copy or download it again") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
@@ -204,6 +211,8 @@ def _weight_files(folder: Path) -> list[Path]:
         return _indexed_files(folder)
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
+    if (folder / PACKED).is_file():
+        raise ValueError(f"{folder}: packed weights, which the native kernels alone can run; take the original folder")
     if (folder / STAGING).is_dir():
         raise ValueError(f"{folder}: this checkpoint was not written to the end; write it again")
     if any(path.suffix in PICKLED for path in folder.iterdir()):
@@ -239,7 +248,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         entries = json.loads(raw)
         entries.pop("__metadata__", None)
         tensors = {name: _stored(path, start, entry) for name, entry in entries.items()}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(f"{path}: corrupt header; copy or download it again") from None
     _check_extent(path, start, size, tensors)
     return tensors
@@ -276,30 +285,44 @@ def load_model(
     checkpoint = open_checkpoint(path)
     chosen = parse_dtype(checkpoint.dtype if dtype == "auto" else dtype)
     model = build_on_meta(checkpoint.config)
+    if torch.device(device).type == "cpu":
+        smaller = {f"--dtype {x}": torch_bytes(model, x) for x in LOADABLE if parse_dtype(x).itemsize < chosen.itemsize}
+        smaller |= smaller_formats(model, packing_dtype(checkpoint).itemsize)
+        require_room(checkpoint.path, torch_bytes(model, dtype_name(chosen)), smaller)
     model.load_state_dict(dict(read_parameters(checkpoint, chosen, device, progress)), assign=True)
     return model.eval()
 
 
 def read_parameters(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: str | torch.device = "cpu", progress: bool = False
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+    names: Sequence[str] | None = None,
+    title: str = "reading",
 ) -> Iterator[tuple[str, Tensor]]:
     """Each parameter and its name, as soon as the files have given all of it. In memory: those that are begun.
 
-    dtype is that of all but `ALWAYS_FP32`. Raises ValueError, before the first, where the files do not fit the
-    configuration.
+    dtype is that of all but `ALWAYS_FP32`. names: which parameters, in which order; without it all, in that of the
+    files. Raises ValueError, before the first, where the files do not fit the configuration.
     """
     model = build_on_meta(checkpoint.config)
-    read = _plan(checkpoint, model)
+    total, read = _plan(checkpoint, model, names)
     begun = _Begun({name: parameter.shape for name, parameter in model.named_parameters()}, dtype, device)
     missing = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    with byte_bar(f"reading {checkpoint.path}", total, progress) as advance:
+    with byte_bar(f"{title} {checkpoint.path}", total, progress) as advance:
         for name, place, numbers, nbytes in read(begun):
             place.copy_(numbers)
             advance(nbytes)
             missing[name] -= place.numel()
             if not missing[name]:
                 yield name, begun.pop(name)
+
+
+def packing_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What to read parameters in that are packed next: bf16 where all matrices are in that, else fp32."""
+    matrices = {tensor.dtype for tensor in checkpoint.tensors.values() if len(tensor.shape) > 1}
+    return torch.bfloat16 if matrices == {"BF16"} else torch.float32
 
 
 class _Begun(dict[str, Tensor]):
@@ -316,36 +339,58 @@ class _Begun(dict[str, Tensor]):
 
 
 def build_on_meta(config: Config) -> Model:
-    """The model's structure, without memory for parameters."""
-    with torch.device("meta"):
-        return ARCHITECTURES[config.model_type][1](config)  # type: ignore[arg-type]
+    """The model's structure, without memory for parameters; ValueError where even its sizes can't be counted."""
+    try:
+        with torch.device("meta"):
+            return ARCHITECTURES[config.model_type][1](config)  # type: ignore[arg-type]
+    except RuntimeError:
+        raise ValueError("config.json: a matrix would have more than 2^63 bytes; download it again") from None
 
 
-def _plan(checkpoint: Checkpoint, model: Model) -> Read:
-    """How the files fill the parameters; ValueError where they do not fit the configuration."""
+def _plan(checkpoint: Checkpoint, model: Model, names: Sequence[str] | None) -> tuple[int, Read]:
+    """How many bytes to read, and how they fill the parameters; ValueError where they do not fit the configuration."""
     held, path = checkpoint.tensors, checkpoint.path
     if path.is_file():
-        return partial(read_parts, match_parts(held, model, path), held, checkpoint.config)
-    return partial(_read_pieces, match_pieces(held, model, path), held)
+        parts = _in_order(match_parts(held, model, path), held, names)
+        return _total(parts, held), partial(read_parts, parts, held, checkpoint.config)
+    pieces = _in_order(match_pieces(held, model, path).values(), held, names)
+    return _total(pieces, held), partial(_read_pieces, pieces, held)
+
+
+def _total(places: Iterable[Piece | Part], held: Mapping[str, StoredTensor]) -> int:
+    return sum(held[place.name].nbytes for place in places)
+
+
+def _in_order(places: Iterable[PlaceT], held: Mapping[str, StoredTensor], names: Sequence[str] | None) -> list[PlaceT]:
+    """By parameter as these names have it, those of a parameter, or all without names, as the files have them."""
+    rank = {name: i for i, name in enumerate(names)} if names is not None else None
+    chosen = [place for place in places if rank is None or place.parameter in rank]
+
+    def key(place: PlaceT) -> tuple[int, Path, int]:
+        stored = held[place.name]
+        return rank[place.parameter] if rank else 0, stored.path, stored.begin
+
+    return sorted(chosen, key=key)
 
 
 def _read_pieces(
-    places: Mapping[str, Piece], held: Mapping[str, StoredTensor], state: Mapping[str, Tensor]
+    pieces: Sequence[Piece], held: Mapping[str, StoredTensor], state: Mapping[str, Tensor]
 ) -> Iterator[Filled]:
-    in_file_order = sorted(places, key=lambda name: (held[name].path, held[name].begin))
-    for path, names in groupby(in_file_order, key=lambda name: held[name].path):
-        for name, tensor in _read_file(path, names):
-            piece = places[name]
-            yield Filled(piece.parameter, piece.of(state[piece.parameter]), tensor, held[name].nbytes)
+    for path, together in groupby(pieces, key=lambda piece: held[piece.name].path):
+        with path.open("rb") as file:
+            for piece in together:
+                yield from _read_piece(file, piece, held[piece.name], piece.of(state[piece.parameter]))
 
 
-def _read_file(path: Path, names: Iterator[str]) -> Iterator[tuple[str, Tensor]]:
-    try:
-        with safe_open(path, "pt") as file:
-            for name in names:
-                yield name, file.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: {error}; copy or download it again") from None
+def _read_piece(file: BufferedReader, piece: Piece, stored: StoredTensor, place: Tensor) -> Iterator[Filled]:
+    """Some rows at a time, and not mapped: mapped files would count as memory that the process holds."""
+    dtype = DTYPES[stored.dtype]
+    file.seek(stored.begin)
+    for rows in place.split(max(1, STEP // place[0].numel())):
+        raw = bytearray(rows.numel() * dtype.itemsize)
+        if file.readinto(raw) != len(raw):
+            raise ValueError(f"{stored.path}: became shorter while it was read; copy or download it again")
+        yield Filled(piece.parameter, rows, torch.frombuffer(raw, dtype=dtype).view(rows.shape), len(raw))
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
@@ -406,7 +451,7 @@ def write_checkpoint(
         stale.unlink()
     left = [name for name in shards if name not in done]
     total = sum(source.nbytes for name in left for source in shards[name])
-    _check_room(staging, total)
+    check_disk(staging, total)
     with byte_bar(f"writing {folder}", total, progress) as advance:
         for name in left:
             _write_shard(staging / name, headers[name], shards[name], advance)
@@ -450,10 +495,11 @@ def _starts_with(path: Path, header: bytes) -> bool:
         return file.read(len(header)) == header
 
 
-def _check_room(folder: Path, needed: int) -> None:
+def check_disk(folder: Path, needed: int) -> None:
+    """Raises OSError where the disk has no room for this many bytes."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        reason = f"the checkpoint needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
+        reason = f"the model needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
         raise OSError(errno.ENOSPC, reason, str(folder.parent))
 
 
@@ -480,16 +526,17 @@ def _write_descriptions(
     tokenizer: Tokenizer | None,
 ) -> None:
     dtypes = dict.fromkeys(("dtype", "torch_dtype"), dtype_name(dtype))  # transformers 5's name and 4's
-    _write_object(staging / "config.json", config.to_hf() | dtypes)
+    write_object(staging / "config.json", config.to_hf() | dtypes)
     if tokenizer is not None:
         tokenizer.save(staging)
     if len(shards) > 1:
         total = sum(source.nbytes for shard in shards.values() for source in shard)
         weight_map = {source.name: file for file, shard in shards.items() for source in shard}
-        _write_object(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_object(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_object(path: Path, values: Mapping[str, object]) -> None:
+def write_object(path: Path, values: Mapping[str, object]) -> None:
+    """Writes JSON, to the disk."""
     with path.open("w", encoding="utf-8") as file:
         file.write(json.dumps(values, indent=2) + "\n")
         file.flush()
