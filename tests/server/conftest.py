@@ -173,6 +173,7 @@ def start(settings: Settings, tokenizer: Tokenizer | None = None) -> Running:
     engine = FakeEngine(tokenizer or embedded())
     server = make_server(create_app(engine, engine.tokenizer, settings), settings)
     listener = socket.create_server(("127.0.0.1", 0), backlog=100)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)  # or megabytes go to a client that never reads
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     while not server.started:

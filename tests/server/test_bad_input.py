@@ -283,7 +283,7 @@ def test_slow_clients_are_ended(servers: Callable[[Settings], Running]) -> None:
 def test_a_client_that_never_reads_is_ended(servers: Callable[[Settings], Running]) -> None:
     """Its answer is larger than all buffers between; the engine is told."""
     server = servers(Settings(model_names=("fake",), context_length=100_000, send_seconds=0.3))
-    server.engine.answers["hi"] = "a" * 200_000
+    server.engine.answers["hi"], server.engine.seconds_per_token = "word " * 5000, 0.001
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect((server.host, server.port))
@@ -304,7 +304,7 @@ def test_too_many_requests_at_once(servers: Callable[[Settings], Running]) -> No
     thread.join()
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nothing", 404), ("GET", "/v1/messages", 405)])
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nothing", 404), ("POST", "/v1/models", 405)])
 def test_unknown_routes(server: Running, method: str, path: str, status: int) -> None:
     response = HTTP.request(method, f"{server.url}{path}")
     assert response.status_code == status and "openapi.json" in response.json()["error"]["message"]

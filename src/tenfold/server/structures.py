@@ -13,6 +13,7 @@ from tenfold.server.tools import CLOSE, OPEN, Format, is_string
 
 Tool = Mapping[str, Any]
 ANY_TEXT = "/(?s:.*)/"
+AS_TRAINED = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}}
 
 
 def json_schema(schema: Mapping[str, Any] | str) -> Structure:
@@ -89,7 +90,7 @@ def _form(form: Structure) -> str:
 
 def _hermes_rule(index: int, function: Mapping[str, Any]) -> list[str]:
     head = _quoted(f'{{"name": {json.dumps(function["name"])}, "arguments": ')
-    schema = json.dumps({"type": "object", **(function.get("parameters") or {})})
+    schema = json.dumps({"type": "object", **(function.get("parameters") or {}), **AS_TRAINED})
     return [f'call{index}: {head} arguments{index} "}}"', f"arguments{index}: %json {schema}"]
 
 
@@ -113,7 +114,7 @@ def _xml_argument(rule: str, name: str, schema: Mapping[str, Any]) -> list[str]:
         return [f"{rule}: {head} ({' | '.join(map(_quoted, texts))}) {tail}"]
     if is_string(schema):
         return [f"{rule}: {head} {rule}_text", f"{rule}_text[suffix={tail}]: {ANY_TEXT}"]
-    return [f"{rule}: {head} {rule}_value {tail}", f"{rule}_value: %json {json.dumps(schema)}"]
+    return [f"{rule}: {head} {rule}_value {tail}", f"{rule}_value: %json {json.dumps({**schema, **AS_TRAINED})}"]
 
 
 def _quoted(text: str) -> str:
