@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "tenfold"
-FLOORS = {"cli": 6, "chat": 5, "study": 5, "engine": 4, "train": 4, "models": 3, "ops": 2, "kernels": 1}
+FLOORS = {"cli": 6, "chat": 5, "study": 5, "server": 5, "engine": 4, "train": 4, "models": 3, "ops": 2, "kernels": 1}
 LEAVES = {"config", "memory", "tokenizer"}  # that floors from 3 up may import, and that import none of the house
 ENTRIES = {"__init__", "__main__"}
 FILES = sorted(SOURCE.rglob("*.py"))

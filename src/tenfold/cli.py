@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass, replace
+from datetime import UTC, datetime
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ Inputs = Annotated[
     Positional[tuple[str, ...]],
     arg(metavar="INPUT...", help="files, folders, globs, wikitext-2", help_behavior_hint="(required)"),
 ]
+GROUPS = ("data", "keys")  # commands of two words
 INTERRUPTED, BROKEN_PIPE, MISTAKE = 130, 141, 2  # exit codes
 
 
@@ -69,11 +71,11 @@ def parse(args: Sequence[str]) -> Run:
         name = " ".join(args[:words])
         if name in COMMANDS:
             return COMMANDS[name].parse(args[words:])
-    if not set(args[:2]) - {"data", "-h", "--help"}:
+    if not set(args[:2]) - {*GROUPS, "-h", "--help"}:
         return partial(print, overview())
     if args[0] == "--version":
         return partial(print, f"tenfold {__version__}")
-    name = " ".join(args[: 1 + (args[0] == "data")])
+    name = " ".join(args[: 1 + (args[0] in GROUPS)])
     near = get_close_matches(name, COMMANDS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else "tenfold --help lists them all"
     raise ValueError(f"unknown command {name!r}; {hint}")
@@ -357,6 +359,57 @@ class TrainTokenizer:
         print(f"{self.out}: {tokenizer.vocab_size:,} tokens")
 
 
+@dataclass(frozen=True, kw_only=True)
+class KeysAdd:
+    """Make an API key for the service, which is shown this once."""
+
+    name: Annotated[Positional[str], arg(metavar="NAME")]  # whose it is
+    api_keys: Path | None = None  # file of keys; without it the one of this user
+    requests_per_minute: int | None = None  # without it as many as they like
+    tokens_per_minute: int | None = None  # of prompts and answers
+    concurrency: int | None = None  # requests at once
+
+    def run(self) -> None:
+        from tenfold.server import keys
+
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        key = keys.Key(
+            name=self.name,
+            created=created,
+            requests_per_minute=self.requests_per_minute,
+            tokens_per_minute=self.tokens_per_minute,
+            concurrency=self.concurrency,
+        )
+        print(keys.add(self.api_keys or keys.default_path(), key))
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeysList:
+    """List the API keys of the service, of which only names and limits are known."""
+
+    api_keys: Path | None = None  # file of keys; without it the one of this user
+
+    def run(self) -> None:
+        from tenfold.server import keys
+
+        for key in keys.KeyFile.read(self.api_keys or keys.default_path()).keys:
+            limits = [f"{value} {name}" for name, value in asdict(key).items() if isinstance(value, int)]
+            print(f"{key.name:<24} {key.created}  {', '.join(limits).replace('_', ' ')}".rstrip())
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeysRevoke:
+    """Take an API key away; services that run notice at once."""
+
+    name: Annotated[Positional[str], arg(metavar="NAME")]  # as it was given to keys add
+    api_keys: Path | None = None  # file of keys; without it the one of this user
+
+    def run(self) -> None:
+        from tenfold.server import keys
+
+        keys.revoke(self.api_keys or keys.default_path(), self.name)
+
+
 def parse_build(args: Sequence[str]) -> Run:
     """`tenfold data build INPUT... --out DIR`, with the fields of CorpusConfig as options."""
     from rich.console import Console
@@ -411,6 +464,28 @@ def parse_train(args: Sequence[str]) -> Run:
     return run
 
 
+def parse_serve(args: Sequence[str]) -> Run:
+    """`tenfold serve MODEL`, with the fields of EngineOptions and Settings as options."""
+    from tenfold.server.launch import EngineOptions, launch
+    from tenfold.server.settings import Settings
+
+    kind = make_dataclass(
+        "Serve",
+        [
+            (
+                "model",
+                Annotated[Positional[str], arg(metavar="MODEL", help="checkpoint folder, GGUF file, or hub name")],
+            ),
+            ("host", Annotated[str, arg(help="address to listen on; 0.0.0.0 is all of them")], "127.0.0.1"),
+            ("port", Annotated[int, arg(help="0 takes any that is free")], 8000),
+            ("engine", Annotated[EngineOptions, arg(name="")], EngineOptions()),
+            ("settings", Annotated[Settings, arg(name="")], Settings()),
+        ],
+    )
+    chosen = parse_options(kind, args, "serve", COMMANDS["serve"].summary)
+    return partial(launch, chosen.model, chosen.host, chosen.port, chosen.engine, chosen.settings)
+
+
 def parse_demo(args: Sequence[str]) -> Run:
     """`tenfold demo`, with the fields of DemoConfig as options."""
     from tenfold.engine.llm import continue_text
@@ -444,6 +519,10 @@ COMMANDS = {
     "demo": Command("Train Qwen3-Next and its dense predecessor here, and compare their cost", parse_demo),
     "train": Command("Train a model by a recipe, a TOML file", parse_train),
     "generate": command(Generate, "generate"),
+    "serve": Command("Serve a model by OpenAI's and Anthropic's APIs", parse_serve),
+    "keys add": command(KeysAdd, "keys add"),
+    "keys list": command(KeysList, "keys list"),
+    "keys revoke": command(KeysRevoke, "keys revoke"),
     "chat": command(Chat, "chat"),
     "bench": command(Bench, "bench"),
     "quantize": command(Quantize, "quantize"),

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
@@ -138,9 +138,19 @@ class Tokenizer:
         found = (self.token_id(token) for token in (self._special("eos_token"), TURN_END))
         return tuple(dict.fromkeys((self.eos_id, *(i for i in found if i is not None))))
 
+    @property
+    def special_ids(self) -> list[int]:
+        """Tokens that are no text, and that answers are shown without."""
+        return [i for i, token in self._backend.get_added_tokens_decoder().items() if token.special]
+
     def token_id(self, token: str | None) -> int | None:
         """The id of a token; None where there is none."""
         return None if token is None else self._backend.token_to_id(token)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for, which need not be whole characters; nothing where there is none."""
+        name = self._backend.id_to_token(token)
+        return b"" if name is None else _token_bytes(name)
 
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with nothing added. `special_tokens=False` reads `<|im_end|>` as mere text."""
@@ -157,8 +167,7 @@ class Tokenizer:
 
     def stream(self, skip_special_tokens: bool = False) -> StreamDecoder:
         """A decoder for tokens that come one at a time."""
-        special = self._backend.get_added_tokens_decoder() if skip_special_tokens else {}
-        return StreamDecoder(self._backend, frozenset(i for i, token in special.items() if token.special))
+        return StreamDecoder(self._backend, frozenset(self.special_ids if skip_special_tokens else ()))
 
     def apply_chat_template(
         self,
@@ -166,14 +175,16 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> str:
         """A conversation as the text that the model was trained on.
 
         Messages have a `role` and a `content`. `enable_thinking` goes to templates that know it; None leaves
-        them their default. Raises ValueError where there is no template, or where it refuses the messages."""
+        them their default; `options` are whatever else they know. Raises ValueError where there is no template, or
+        where it refuses the messages."""
         from jinja2 import TemplateError
 
-        values: dict[str, Any] = {name: self._special(name) or "" for name in SPECIAL_NAMES}
+        values: dict[str, Any] = {**(options or {}), **{name: self._special(name) or "" for name in SPECIAL_NAMES}}
         values |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         if enable_thinking is not None:
             values["enable_thinking"] = enable_thinking
@@ -181,7 +192,7 @@ class Tokenizer:
         if not isinstance(source, str):
             raise ValueError("this tokenizer has no chat template; give the prompt as plain text instead")
         try:
-            return _environment().from_string(source).render(values)
+            return _template(source).render(values)
         except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template cannot render these messages: {_one_line(error)}") from error
 
@@ -326,3 +337,9 @@ def _environment() -> Any:
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     return environment
+
+
+@lru_cache(maxsize=8)
+def _template(source: str) -> Any:
+    """A template, compiled: that takes longer than most renderings."""
+    return _environment().from_string(source)

@@ -117,6 +117,19 @@ class Constraint:
         return self._matcher.compute_ff_tokens()
 
 
+class _Vocabulary:
+    """The tokens as llguidance asks for them. Tags such as `<tool_call>` are text to it, and special tokens are not."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id, self.bos_token_id = tokenizer.stop_ids[0], None
+        self.tokens = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
+        self.special_token_ids = tokenizer.special_ids
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._tokenizer.encode(text.decode(errors="replace"))
+
+
 class StructureCompiler:
     """Makes constraints for a tokenizer; may be called from several threads. The latest grammars are kept."""
 
@@ -145,10 +158,11 @@ class StructureCompiler:
     @cached_property
     def _environment(self) -> LLTokenizer:
         try:
-            from llguidance import LLTokenizer
+            from llguidance import LLTokenizer, TokenizerWrapper
         except ImportError:
             raise ValueError("structured output needs llguidance: pip install 'tenfold[serve]'") from None
-        return LLTokenizer(self._tokenizer.to_json(), eos_token=list(self._tokenizer.stop_ids))
+        stop_ids = list(self._tokenizer.stop_ids)
+        return LLTokenizer(TokenizerWrapper(_Vocabulary(self._tokenizer)), eos_token=stop_ids)
 
     def _compile(self, structure: Structure) -> LLMatcher:
         try:
