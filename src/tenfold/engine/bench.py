@@ -41,7 +41,7 @@ class BenchResult:
     peak_rss_gb: float  # while running
     loading_rss_gb: float  # while loading, with those parts of the files that the system has mapped
     weights_gb: float
-    token_gb: float  # of weights, that one token reads
+    token_gb: float  # that one decoded token has to read or write: weights, states, keys and values
     memory_read_gb_s: float
     memory_limit_tok_s: float  # decoding can be no faster than the memory gives it weights
     share_of_limit: float
@@ -104,7 +104,8 @@ def bench(
     peak = peak_memory_gb()  # the probes' own memory is not the model's
     speeds = [(cpu.memory_read_gb_s(), *measure_round(model, prompt, answer)) for _ in range(rounds)]
     reads, prefills, decodes = zip(*speeds, strict=True)
-    read, limit = statistics.median(reads), statistics.median(reads) * 1e9 / model.bytes_per_token()
+    token_bytes = model.bytes_per_token() + model.memory_bytes_per_token(prompt_tokens + new_tokens // 2)
+    read, limit = statistics.median(reads), statistics.median(reads) * 1e9 / token_bytes
     return BenchResult(
         model=str(path_or_name),
         quantization=held,
@@ -121,7 +122,7 @@ def bench(
         peak_rss_gb=peak,
         loading_rss_gb=loading,
         weights_gb=model.nbytes() / 1e9,
-        token_gb=model.bytes_per_token() / 1e9,
+        token_gb=token_bytes / 1e9,
         memory_read_gb_s=read,
         memory_limit_tok_s=limit,
         share_of_limit=statistics.median(decodes) / limit,

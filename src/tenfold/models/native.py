@@ -284,6 +284,12 @@ class NativeModel:
         head = sum(part.nbytes for part in self.head)
         return head + sum(layer.bytes_per_token() for layer in self.layers)
 
+    def memory_bytes_per_token(self, context: int) -> int:
+        """Bytes that a token after so many reads and writes of what the model remembers: states both ways, and keys and
+        values (of drafting too, where it could).
+        """
+        return 2 * self.state_bytes + context * self.page_bytes // PAGE
+
 
 def tokens_of(spans: Sequence[Span]) -> list[int]:
     """Span after span."""
