@@ -61,7 +61,7 @@ def _mutate_json(value: Any, chance: random.Random) -> Any:
             value[key] = value[chance.choice(keys)]
         elif kind < 0.2 and isinstance(value, dict):
             value[chance.choice(("", "x", "model.layers.9", "mtp.norm.weight"))] = value.pop(key)
-        elif kind < 0.2:
+        elif kind < 0.2 and isinstance(value, list):
             value.append(value[key])
         else:
             value[key] = _mutate_json(value[key], chance)

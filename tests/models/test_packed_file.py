@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -170,6 +172,14 @@ def test_what_is_kept_is_verified(tmp_path: Path) -> None:
         file.write(b"damage")
     with pytest.raises(ValueError, match="is damaged"):
         PackedWriter(tmp_path / PACKED, {owner: list(entries) for owner, entries in writer.owners.items()})
+
+
+def test_opening_needs_no_compiler_of_torch(folder: Path) -> None:
+    """Which takes seconds to import, and comes with any random number on the meta device."""
+    code = "import sys; from pathlib import Path; from tenfold.models.packed_file import open_packed; "
+    code += "open_packed(Path(sys.argv[1])); print('torch._dynamo' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"
 
 
 # ---- hostile files -----------------------------------------------------------------------------------------

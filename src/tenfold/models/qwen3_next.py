@@ -315,7 +315,8 @@ class Trunk(nn.Module):
 
     def __init__(self, config: Qwen3NextConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)  # unlike others it draws no numbers
         self.layers = nn.ModuleList(
             DecoderLayer(config, kind, config.is_sparse(i)) for i, kind in enumerate(config.layer_kinds)
         )
