@@ -306,20 +306,22 @@ def load_native(
 ) -> tuple[NativeModel, Tokenizer | None]:
     """A model, packed while it is read or packed already, and its tokenizer where there is one.
 
-    path_or_name: as for `weights.load`, or a folder of `tenfold quantize`, whose weights stay in the file and are
-    mapped. format: of the large matrices; without it bf16, or the packed file's own. In memory, while packing: the
-    packed model, and a layer or two as they are in the files. Raises ValueError or OSError, in one line, where the
-    checkpoint cannot be read or is too large for the memory, or the kernels cannot run.
+    path_or_name: as for `weights.load`, or a folder of `tenfold quantize`, which is read as it is. format: of the large
+    matrices; without it bf16, or the packed file's own. In memory, while packing: the packed model, and a layer or two
+    as they are in the files. Raises ValueError or OSError, in one line, where the checkpoint cannot be read or is too
+    large for the memory, or the kernels cannot run.
     """
     cpu.require()
     path = resolve_path(path_or_name)
     model = (
-        _map_packed(path, format, kv_format) if is_packed(path) else _pack_checkpoint(path, format or "bf16", kv_format)
+        _read_packed(path, format, kv_format)
+        if is_packed(path)
+        else _pack_checkpoint(path, format or "bf16", kv_format)
     )
     return model, load_tokenizer(path)
 
 
-def _map_packed(folder: Path, format: str | None, kv_format: str) -> NativeModel:
+def _read_packed(folder: Path, format: str | None, kv_format: str) -> NativeModel:
     file = open_packed(folder)
     if format not in (None, file.format):
         raise ValueError(
@@ -328,7 +330,7 @@ def _map_packed(folder: Path, format: str | None, kv_format: str) -> NativeModel
     smaller = cpu.FORMATS[cpu.FORMATS.index(file.format) + 1 :]
     skeleton = build_on_meta(file.config)
     require_room(folder, file.size, {f"quantize --to {x}": planned_bytes(skeleton, x) for x in smaller})
-    return NativeModel(file.config, read_owners(file), kv_format)
+    return NativeModel(file.config, read_owners(file, progress=True), kv_format)
 
 
 def _pack_checkpoint(path: Path, format: str, kv_format: str) -> NativeModel:

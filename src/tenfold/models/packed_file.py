@@ -1,4 +1,4 @@
-"""The packed file, `model.tenfold`: a model's weights as the kernels read them, to be mapped into memory.
+"""The packed file, `model.tenfold`: a model's weights as the kernels read them.
 
     first page   magic, version, and of the index its checksum, offset and length (`HEAD`)
     weights      as in csrc/formats.h; experts are whole pages and begin at one, all else begins at a multiple of 64
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 import struct
 import zlib
@@ -40,6 +39,7 @@ MAGIC, VERSION = b"TENFOLD\x00", 1
 HEAD = struct.Struct("<8sIIQQ")  # magic, version, checksum of the index, its offset and length
 PAGE, LINE = 4096, 64
 REPORT = "report.json"
+READ = 1 << 26  # bytes at a time
 LARGEST_INDEX = 1 << 26  # bytes; the released model's is 1 MB
 LARGEST_SIDE = 1 << 31
 DIMENSIONS = {"matrix": (2,), "experts": (3,), "tensor": (1, 2, 3)}
@@ -212,13 +212,19 @@ def _whole(parts: Sequence[tuple[str, Kind, tuple[int, ...]]]) -> dict[str, tupl
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
-def read_owners(file: PackedFile) -> Iterator[tuple[str, Packed]]:
-    """Each owner and its weights, which stay in the file and are mapped from it."""
-    with file.path.open("rb") as opened:
-        memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    data = np.frombuffer(memory, np.uint8)
-    if len(data) != file.size:
-        raise ValueError(f"{file.path}: changed while it was read; load it again")
+def read_owners(file: PackedFile, progress: bool = False) -> Iterator[tuple[str, Packed]]:
+    """Each owner and its weights, parts of one array with the content of the file.
+
+    Mapping the file would save a second of loading, and cost 10 % of decoding: a file's pages are small. Raises
+    MemoryError.
+    """
+    data = cpu.empty([file.size], torch.uint8).numpy()
+    with file.path.open("rb") as opened, byte_bar(f"reading {file.path}", file.size, progress) as advance:
+        for first in range(0, file.size, READ):
+            part = data[first : first + READ]
+            if opened.readinto(part) != len(part):
+                raise ValueError(f"{file.path}: changed while it was read; load it again")
+            advance(len(part))
     for owner, entries in file.owners.items():
         yield owner, _packed(entries, data)
 
