@@ -222,7 +222,7 @@ def read_owners(file: PackedFile, progress: bool = False) -> Iterator[tuple[str,
     with file.path.open("rb") as opened, byte_bar(f"reading {file.path}", file.size, progress) as advance:
         for first in range(0, file.size, READ):
             part = data[first : first + READ]
-            if opened.readinto(part) != len(part):
+            if opened.readinto(part.data) != len(part):
                 raise ValueError(f"{file.path}: changed while it was read; load it again")
             advance(len(part))
     for owner, entries in file.owners.items():
