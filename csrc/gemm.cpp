@@ -57,6 +57,18 @@ void multiply_rows(const Product& product, const Parts& panels, const uint8_t* i
   }
 }
 
+// Two neighbouring blocks for a single token.
+void multiply_rows_of_one(const Product& product, const uint8_t* inputs, int64_t weight, int64_t block) {
+  const PackedMatrix& w = product.weights[weight];
+  const Rows& out = product.outputs[weight];
+  const int64_t each = block_bytes(w.format, w.cols);
+  alignas(64) float y[2 * kBlockRows];
+  multiply_pair(w.format, w.data + block * each, w.data + (block + 1) * each, inputs, groups(product), y);
+  const auto store = out.dtype == DType::f32 ? store_tile<float> : store_tile<bf16>;
+  store(y, out, 0, 1, block * kBlockRows);
+  store(y + kBlockRows, out, 0, 1, (block + 1) * kBlockRows);
+}
+
 int64_t total_blocks(const Product& product) {
   int64_t total = 0;
   for (int64_t i = 0; i < product.count; ++i) total += blocks(product.weights[i].rows);
@@ -85,11 +97,19 @@ void product(const Product& product) noexcept {
   });
   const int64_t total = total_blocks(product), each = blocks_per_task(total);
   parallel_for((total + each - 1) / each, [&](int64_t task, int) {
+    const int64_t end = (task + 1) * each < total ? (task + 1) * each : total;
     int64_t weight = 0, block = task * each;
-    for (int64_t i = task * each; i < total && i < (task + 1) * each; ++i, ++block) {
+    for (int64_t i = task * each; i < end;) {
       for (; block >= blocks(product.weights[weight].rows); ++weight)
         block -= blocks(product.weights[weight].rows);
-      multiply_rows(product, panels, inputs, weight, block);
+      const bool pair =
+          product.x.rows == 1 && i + 1 < end && block + 1 < blocks(product.weights[weight].rows);
+      if (pair) {
+        multiply_rows_of_one(product, inputs, weight, block);
+      } else {
+        multiply_rows(product, panels, inputs, weight, block);
+      }
+      i += pair ? 2 : 1, block += pair ? 2 : 1;
     }
   });
 }

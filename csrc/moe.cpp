@@ -118,8 +118,14 @@ void gate_up_block(const ExpertLayer& layer, const Plan& plan, const Span& span,
     alignas(64) float gate[kPanelTokens * kBlockRows], up[kPanelTokens * kBlockRows];
     const int64_t first = parts.first(p), tokens = parts.size(p);
     const uint8_t* panel = inputs + first * groups * bytes;
-    multiply_block(layer.format, rows, panel, static_cast<int>(tokens), groups, gate);
-    multiply_block(layer.format, rows + each, panel, static_cast<int>(tokens), groups, up);
+    if (tokens == 1) {
+      alignas(64) float both[2 * kBlockRows];
+      multiply_pair(layer.format, rows, rows + each, panel, groups, both);
+      memcpy(gate, both, sizeof both / 2), memcpy(up, both + kBlockRows, sizeof both / 2);
+    } else {
+      multiply_block(layer.format, rows, panel, static_cast<int>(tokens), groups, gate);
+      multiply_block(layer.format, rows + each, panel, static_cast<int>(tokens), groups, up);
+    }
     uint8_t* to =
         plan.activations + ((span.first + first) * Plan::width_groups(layer) + block * tokens) * bytes;
     activate(layer, gate, up, tokens, to);

@@ -164,6 +164,36 @@ void multiply(const uint8_t* block, const uint8_t* panel, int64_t groups, float*
   }
 }
 
+// A block that is gone through group by group, for one token.
+template <Format format>
+struct Stream {
+  using K = Kernel<format>;
+  const uint8_t *scales, *line;
+  Sums<kVectors, 1> y;
+
+  TENFOLD_INLINE void start(const uint8_t* block) {
+    scales = block, line = block + scale_bytes(format);
+    unrolled<kVectors>([&](auto v) TENFOLD_BODY { y[v][0] = splat(0); });
+  }
+  TENFOLD_INLINE void add_group(const typename K::Input* input) {
+    K::template add_group<kVectors, 1>(scales, line, input, y);
+    scales += group_bytes(format), line += group_bytes(format);
+  }
+  TENFOLD_INLINE void finish(float* out) const {
+    unrolled<kVectors>([&](auto v) TENFOLD_BODY { store(out + v * kLanes, y[v][0]); });
+  }
+};
+
+template <Format format>
+void multiply_streams(const uint8_t* first, const uint8_t* second, const uint8_t* panel, int64_t groups,
+                      float* out) {
+  Stream<format> a, b;
+  a.start(first), b.start(second);
+  const auto* input = reinterpret_cast<const typename Kernel<format>::Input*>(panel);
+  for (int64_t g = 0; g < groups; ++g, ++input) a.add_group(input), b.add_group(input);
+  a.finish(out), b.finish(out + kBlockRows);
+}
+
 template <Format format, int T = kPanelTokens>
 void multiply_tokens(const uint8_t* block, const uint8_t* panel, int tokens, int64_t groups, float* y) {
   if constexpr (T > 0) {
@@ -223,6 +253,15 @@ void multiply_block(Format format, const uint8_t* block, const uint8_t* panel, i
     case Format::bf16: return multiply_tokens<Format::bf16>(block, panel, tokens, groups, y);
     case Format::int8: return multiply_tokens<Format::int8>(block, panel, tokens, groups, y);
     case Format::int4: return multiply_tokens<Format::int4>(block, panel, tokens, groups, y);
+  }
+}
+
+void multiply_pair(Format format, const uint8_t* first, const uint8_t* second, const uint8_t* panel,
+                   int64_t groups, float* y) noexcept {
+  switch (format) {
+    case Format::bf16: return multiply_streams<Format::bf16>(first, second, panel, groups, y);
+    case Format::int8: return multiply_streams<Format::int8>(first, second, panel, groups, y);
+    case Format::int4: return multiply_streams<Format::int4>(first, second, panel, groups, y);
   }
 }
 

@@ -29,6 +29,11 @@ void prepare_input(Format format, const bf16* x, int64_t groups, uint8_t* to, in
 void multiply_block(Format format, const uint8_t* block, const uint8_t* panel, int tokens, int64_t groups,
                     float* y) noexcept;
 
+// The same for one token and two blocks: y[r] of the first, y[32 + r] of the second. Weights then come in two streams,
+// so that the processor fetches twice as far ahead while it multiplies.
+void multiply_pair(Format format, const uint8_t* first, const uint8_t* second, const uint8_t* panel,
+                   int64_t groups, float* y) noexcept;
+
 // panel = the inputs of these tokens, taken from `inputs` [T, K / 32].
 void gather_panel(Format format, const uint8_t* inputs, const int32_t* tokens, int count, int64_t groups,
                   uint8_t* panel) noexcept;
