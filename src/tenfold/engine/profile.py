@@ -55,7 +55,7 @@ class Profile:
         for column in ("kernel", "calls", "ms", "share", "GB/s", "GOP/s", "of its limit"):
             table.add_column(column, justify="left" if column == "kernel" else "right")
         for k in self.kernels:
-            limit = "" if k.limit_share is None else f"{k.limit_share:.2f} of {k.limit}"
+            limit = "" if k.limit_share is None else f"{k.limit_share:.2f} {k.limit}"
             cells = (f"{k.milliseconds:.2f}", f"{k.share:.1%}", f"{k.gb_s:.1f}", f"{k.gop_s:.0f}")
             table.add_row(k.kernel, str(k.calls), *cells, limit)
         table.add_row("outside the kernels", "", f"{self.outside * self.milliseconds:.2f}", f"{self.outside:.1%}")
