@@ -171,7 +171,7 @@ class Chat:
     temperature: float | None = None  # 0 always takes the likeliest token
     top_p: float | None = None  # sample from the likeliest tokens that make up this probability
     seed: int | None = None  # the same seed gives the same answers
-    dtype: Dtype = "float32"  # of the weights in memory; auto is what the checkpoint holds
+    dtype: Dtype | None = None  # run on torch, with weights of this type; without it on the native kernels
     device: Literal["cpu", "cuda"] = "cpu"  # where to run
     quantization: Quantization | None = None  # run on the native kernels, with weights packed so
 
@@ -191,7 +191,7 @@ class Chat:
             return ServerBackend(self.model, os.environ.get("TENFOLD_API_KEY"))
         from tenfold.chat.local import open_local
 
-        check_place(self.device, self.dtype, self.quantization)
+        check_place(self.device, self.dtype or "float32", self.quantization)
         return open_local(self.model, self.dtype, self.device, self.quantization)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -27,6 +28,7 @@ from tenfold.chat.remote import ServerBackend
 from tenfold.engine.llm import LLM
 from tenfold.engine.request import Request, Update, Usage
 from tenfold.engine.sampler import SamplingParams
+from tenfold.kernels import cpu
 from tenfold.models.qwen3 import Qwen3, Qwen3Config
 from tenfold.models.weights import save_model
 from tenfold.tokenizer import Tokenizer
@@ -47,8 +49,9 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    save_model(Qwen3(SMALL), folder, tokenizer=tokenizer)
+    folder, model = tmp_path_factory.mktemp("model"), Qwen3(SMALL)
+    model.init_weights(torch.Generator().manual_seed(0))
+    save_model(model, folder, tokenizer=tokenizer)
     return folder
 
 
@@ -66,7 +69,7 @@ def test_the_command_talks_with_a_model_here(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("to be?\n"))
     assert cli.main(["chat", str(folder), "--max-tokens", "12", "--temperature", "0"]) == 0
-    llm = LLM.load(folder)
+    llm = LLM.load(folder, quantization="bf16" if cpu.available() else None)
     assert capsys.readouterr().out == "".join(llm.chat(HELLO, SamplingParams(max_tokens=12, temperature=0))) + "\n"
 
 
@@ -75,6 +78,20 @@ def test_a_seed_repeats_an_answer_and_without_one_it_varies(folder: Path) -> Non
     options = [Options(max_tokens=20, temperature=2.0, seed=seed) for seed in (1, 1, None, None)]
     answers = [list(backend.answer(HELLO, chosen)) for chosen in options]
     assert answers[0] == answers[1] and answers[2] != answers[3]
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the native kernels are not built")
+def test_a_second_turn_reads_only_what_is_new(folder: Path) -> None:
+    backend = open_local(str(folder), None, "cpu", None)
+    conversation, costs = Conversation("to be"), []
+    for question in ("or not?", "to be?"):
+        conversation.ask(question)
+        *pieces, cost = backend.answer(conversation.messages, Options(max_tokens=8, temperature=0.0))
+        conversation.answered("".join(piece.text for piece in pieces if isinstance(piece, Piece)))
+        assert isinstance(cost, Cost)
+        costs.append(cost)
+    first, second = costs
+    assert first.cached_tokens == 0 and first.prompt_tokens and first.prompt_tokens <= (second.cached_tokens or 0)
 
 
 # ---- the engine --------------------------------------------------------------------------------------------

@@ -169,6 +169,22 @@ def test_a_conversation_on_the_cache_and_after_a_restart(
     again.close()
 
 
+@pytest.mark.parametrize("interval", [1, 9])
+def test_models_of_one_kind_of_layer(interval: int, tmp_path: Path) -> None:
+    """Without states every page has all there is; without pages a state has."""
+    config = replace(MIXED, full_attention_interval=interval, mlp_only_layers=(), num_nextn_predict_layers=0)
+    model = Qwen3Next(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    packed = NativeModel.pack(config, model.named_parameters(), "int8")
+    for cached in (0, len(PROMPT)):
+        engine = Engine(packed, EngineSettings(memory_bytes=8_000_000, disk=tmp_path))
+        one = request(PROMPT)
+        updates = run(engine, [one])[one.id]
+        assert tokens_of(updates) == list(generate(packed, PROMPT, one.params))
+        assert updates[-1].usage.cached_tokens == cached
+        engine.close()
+
+
 def test_drafts_are_accepted_and_rejected() -> None:
     """Sampled from flat distributions, the noise that they share makes the draft and the token agree now and then."""
     engine = Knobs().engine(new_model("int8"))

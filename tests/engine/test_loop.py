@@ -114,6 +114,40 @@ def test_a_full_queue_and_bad_requests_are_refused_at_once() -> None:
     asyncio.run(scene())
 
 
+def test_all_that_come_at_once_are_answered_or_refused() -> None:
+    """While the grammar of one is read, others come; whoever was let in has a place until the engine has it."""
+
+    async def scene() -> None:
+        model = Paced()
+        loop = start(model, max_waiting=3)
+        model.go.clear()
+        requests = [request([seed] * 3, seed=seed) for seed in range(1, 13)]
+        results = await asyncio.gather(*[loop.submit(one) for one in requests], return_exceptions=True)
+        streams = [
+            (one, stream) for one, stream in zip(requests, results, strict=True) if isinstance(stream, AsyncGenerator)
+        ]
+        refused = [error for error in results if isinstance(error, QueueFull)]
+        assert len(streams) + len(refused) == len(requests) and len(streams) == 3
+        model.go.set()
+        for one, stream in streams:
+            assert correct(one, await read(stream))
+        await loop.drain(5)
+
+    asyncio.run(scene())
+
+
+def test_a_request_that_comes_while_the_loop_ends_is_not_forgotten() -> None:
+    async def scene() -> None:
+        loop = start()
+        one = request([1, 2, 3])
+        coming = asyncio.create_task(loop.submit(one))
+        await asyncio.sleep(0)  # it has its place
+        await loop.drain(20)
+        assert correct(one, await read(await coming))
+
+    asyncio.run(scene())
+
+
 def test_draining_lets_answers_end_and_takes_no_more() -> None:
     async def scene() -> None:
         loop = start()

@@ -11,18 +11,28 @@ from types import FrameType
 from typing import Protocol, Self
 
 from tenfold.chat.backend import ChatBackend, Cost, Message, Options, Piece, Reasoning
-from tenfold.engine.llm import LLM, generate
+from tenfold.engine import engine as engines
+from tenfold.engine.llm import LLM, generate, require_tokenizer, start_native
 from tenfold.engine.request import Request, Update, Usage
 from tenfold.engine.sampler import SamplingParams
+from tenfold.kernels import cpu
 from tenfold.models import Config
 from tenfold.tokenizer import TURN_END, Tokenizer
 
 SEEDS = 1 << 31
 
 
-def open_local(path_or_name: str, dtype: str, device: str, quantization: str | None) -> ChatBackend:
-    """Loads a model to talk with, as `LLM.load` does. Raises ValueError or OSError."""
-    return LLMBackend(Path(path_or_name).name, LLM.load(path_or_name, dtype, device, quantization))
+def open_local(path_or_name: str, dtype: str | None, device: str, quantization: str | None) -> ChatBackend:
+    """Loads a model to talk with: on the native kernels, where they are and no dtype or GPU is asked for.
+
+    quantization: as `start_native`'s format. Raises ValueError or OSError.
+    """
+    name = Path(path_or_name).name
+    if dtype or device != "cpu" or not cpu.available():
+        return LLMBackend(name, LLM.load(path_or_name, dtype or "float32", device, quantization))
+    model, tokenizer = start_native(path_or_name, quantization)
+    engine = engines.Engine(model, engines.EngineSettings(max_batch=1))
+    return EngineBackend(name, engine, require_tokenizer(tokenizer, path_or_name), model.config)
 
 
 class LLMBackend:

@@ -36,8 +36,9 @@ def divide(model: EngineModel, memory_bytes: int, max_batch: int, max_drafts: in
         least = least_pages * model.page_bytes + model.state_bytes
         raise ValueError(f"{_mb(memory_bytes)} for caches is too little, this model needs {_mb(least)} at least")
     batch = max_batch + (max_drafts + 1 if max_drafts and model.can_draft else 0)
-    slots = min(max(memory_bytes // 2 // model.state_bytes, batch), room // model.state_bytes, MOST_SLOTS)
-    pages = min((memory_bytes - slots * model.state_bytes) // model.page_bytes, most_pages * slots)
+    state_bytes, page_bytes = max(1, model.state_bytes), max(1, model.page_bytes)  # a dense model has no state
+    slots = min(max(memory_bytes // 2 // state_bytes, batch), room // state_bytes, MOST_SLOTS)
+    pages = min((memory_bytes - slots * model.state_bytes) // page_bytes, most_pages * slots)
     return Budget(pages=pages, slots=slots)
 
 

@@ -194,5 +194,5 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _tensor(content: memoryview, dtype: torch.dtype) -> Tensor:
-    """A copy: what was read is one buffer for several."""
-    return torch.frombuffer(bytearray(content), dtype=dtype)
+    """A copy: what was read is one buffer for several; and of a model without states it may be empty."""
+    return torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)

@@ -128,7 +128,10 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Raises ValueError for what could never be answered, and QueueFull."""
-        self.start(self.prepare(request))
+        generation = self.prepare(request)
+        if len(self._scheduler.waiting) >= self.settings.max_waiting:
+            raise QueueFull(self.retry_after)
+        self.start(generation)
 
     def prepare(self, request: Request) -> Generation:
         """The slow part of adding one, for any thread. Raises ValueError."""
@@ -157,12 +160,10 @@ class Engine:
         return (*eos_ids(self.model.config), *(self._tokenizer.stop_ids if self._tokenizer else ()))
 
     def start(self, generation: Generation) -> None:
-        """Queues what was prepared. Raises QueueFull, and ValueError for an id in use."""
+        """Queues what was prepared, full or not. Raises ValueError for an id in use."""
         request_id = generation.request.id
         if request_id in self._generations:
             raise ValueError(f"request {request_id} is under way: another needs another id")
-        if len(self._scheduler.waiting) >= self.settings.max_waiting:
-            raise QueueFull(self.retry_after)
         self._arrivals += 1
         generation.arrival = self._arrivals
         self._generations[request_id] = generation

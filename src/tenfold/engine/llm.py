@@ -134,6 +134,13 @@ def start_native(
     return load_native(path_or_name, format, kv_format)
 
 
+def require_tokenizer(tokenizer: Tokenizer | None, path_or_name: str | Path) -> Tokenizer:
+    """Raises ValueError where a checkpoint came without one."""
+    if tokenizer is None:
+        raise ValueError(f"{path_or_name}: no tokenizer.json, which is needed to read a prompt")
+    return tokenizer
+
+
 class LLM:
     """A model and its tokenizer: text in, text out."""
 
@@ -163,9 +170,7 @@ class LLM:
             )
         native = packed or quantization is not None
         model, tokenizer = start_native(path_or_name, quantization) if native else load(path_or_name, dtype, device)
-        if tokenizer is None:
-            raise ValueError(f"{path_or_name}: no tokenizer.json, which is needed to read a prompt")
-        return cls(model, tokenizer)
+        return cls(model, require_tokenizer(tokenizer, path_or_name))
 
     def generate(self, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
         """Continues the text; an empty one is begun as a new document. Yields pieces of text.

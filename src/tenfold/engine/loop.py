@@ -53,6 +53,7 @@ class EngineLoop:
         self._engine = engine
         self._inbox: queue.SimpleQueue[Generation | int | None] = queue.SimpleQueue()  # to add, to cancel; None wakes
         self._streams: dict[int, UpdateStream] = {}
+        self._arriving: set[int] = set()  # requests on their way to the engine's queue, each with a place in it
         self._closed = threading.Event()  # takes no more requests
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -60,20 +61,26 @@ class EngineLoop:
     async def submit(self, request: Request) -> AsyncGenerator[Update, None]:
         """Its updates. Raises QueueFull, and ValueError for what could never be answered."""
         self._engine.check(request)
-        self._refuse_if_full(request)
-        generation = await asyncio.to_thread(self._engine.prepare, request)
-        self._refuse_if_full(request)  # by now, perhaps
+        self._take_place(request.id)
+        try:
+            generation = await asyncio.to_thread(self._engine.prepare, request)
+        except BaseException:
+            self._arriving.discard(request.id)
+            self._inbox.put(None)  # the thread may wait for it
+            raise
         stream = UpdateStream(self, request.id)
         self._streams[request.id] = stream
         self._inbox.put(generation)
         return stream
 
-    def _refuse_if_full(self, request: Request) -> None:
-        if request.id in self._streams:
-            raise ValueError(f"request {request.id} is under way: another needs another id")
-        waiting = self._inbox.qsize() + self._engine.stats().waiting
+    def _take_place(self, request_id: int) -> None:
+        """In the queue, before anything is awaited: so the engine has room for all that come at once."""
+        if request_id in self._streams or request_id in self._arriving:
+            raise ValueError(f"request {request_id} is under way: another needs another id")
+        waiting = len(self._arriving) + self._engine.stats().waiting
         if self._closed.is_set() or waiting >= self._engine.settings.max_waiting:
             raise QueueFull(self._engine.retry_after)
+        self._arriving.add(request_id)
 
     def cancel(self, request_id: int) -> None:
         """Within a step; what is unknown or has ended is ignored."""
@@ -93,7 +100,7 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
-            while not self._closed.is_set() or self._engine.has_work or not self._inbox.empty():
+            while not self._closed.is_set() or self._engine.has_work or self._arriving or not self._inbox.empty():
                 self._receive()
                 self._deliver(self._engine.step())
         finally:  # whatever ends the thread, nobody is left waiting
@@ -104,7 +111,7 @@ class EngineLoop:
 
     def _receive(self) -> None:
         """Takes all that has come in; waits for something if there is nothing else to do."""
-        wait = not self._engine.has_work and not self._closed.is_set()
+        wait = not self._engine.has_work and (not self._closed.is_set() or bool(self._arriving))
         while wait or not self._inbox.empty():
             item = self._inbox.get()
             if item is not None:
@@ -114,11 +121,9 @@ class EngineLoop:
     def _take(self, item: Generation | int) -> None:
         if isinstance(item, int):
             self._engine.cancel(item)
-            return
-        try:
+        else:
             self._engine.start(item)
-        except QueueFull as error:  # several have come at once
-            self._deliver([Update(request_id=item.request.id, finish="error", error=str(error))])
+            self._arriving.discard(item.request.id)
 
     def _deliver(self, updates: list[Update]) -> None:
         for update in updates:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tenfold.engine.engine import Engine, EngineSettings
-from tenfold.engine.llm import start_native
+from tenfold.engine.llm import require_tokenizer, start_native
 from tenfold.engine.loop import EngineLoop
 from tenfold.kernels import cpu
 from tenfold.models.native import NativeModel
@@ -26,7 +26,7 @@ Quantization = Literal["bf16", "int8", "int4"]
 class EngineOptions:
     """The knobs of the engine; none of them changes an answer, but for the quantization."""
 
-    quantization: Quantization = "bf16"  # how the weights are packed
+    quantization: Quantization | None = None  # how the weights are packed: bf16, or as a packed folder has them
     threads: int | None = None  # of the kernels; without it one per core
     memory: float = 1.0  # GB for running requests and cached prefixes, beside the weights
     max_batch: int = 8  # requests that run at once
@@ -78,9 +78,7 @@ def _load(model: str, options: EngineOptions) -> tuple[NativeModel, Tokenizer]:
     if options.threads is not None:
         cpu.set_threads(options.threads)
     native, tokenizer = start_native(model, options.quantization)
-    if tokenizer is None:
-        raise ValueError(f"{model}: no tokenizer.json, which is needed to read a prompt")
-    return native, tokenizer
+    return native, require_tokenizer(tokenizer, model)
 
 
 def _with_keys(settings: Settings, host: str) -> Settings:
