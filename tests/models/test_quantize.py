@@ -142,7 +142,9 @@ def test_the_comparison_is_that_of_whole_models(
     packed, _ = load_native(tmp_path / "out")
     tokens = rows(tokenizer, 150, exact.config)
     p = exact(tokens).log_softmax(-1)
-    q = torch.stack([packed.logits(packed.hidden_states(row, packed.new_cache())) for row in tokens]).log_softmax(-1)
+    q = torch.stack(
+        [packed.logits(packed.hidden_states(row.tolist(), packed.new_cache())) for row in tokens]
+    ).log_softmax(-1)
     assert found and found.tokens == tokens.numel()
     assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
     assert found.same_top == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()), abs=0.011)
