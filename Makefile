@@ -11,7 +11,7 @@ PIP         := $(BIN)/python -m pip install -qq --disable-pip-version-check
 ONE_THREAD  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test check soak format clean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z]*\):.*## */make \1 \t/p' Makefile
@@ -32,6 +32,9 @@ demo: $(READY)  ## train the dense predecessor and Qwen3-Next on this machine, a
 
 test: $(READY)  ## all tests
 	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2
+
+soak: $(READY)  ## ten hard minutes for tenfold serve: hang-ups, garbage, kill -9; MINUTES=1 is shorter
+	@$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),10)
 
 check: $(READY)  ## formatting, lint, types, layering
 	@$(BIN)/ruff format --check --quiet --output-format concise

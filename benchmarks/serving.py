@@ -2,9 +2,9 @@
 
     python benchmarks/serving.py --model runs/mid-int4 --llama-server BIN/llama-server --gguf mid-Q4_0.gguf
 
-Each part but mtp runs against server processes of its own, with a client that measures what arrives. All figures to compare are
-ratios within one run; medians over the rounds, with the range. Texts are new in every round, so that nothing is cached
-but what the part is about.
+Each part but mtp runs against server processes of its own, with a client that measures what arrives. All figures to
+compare are ratios within one run; medians over the rounds, with the range. Texts are new in every round, so that
+nothing is cached but what the part is about.
 
     conversation  a system prompt of about 4,000 tokens and a question; the second turn; its message edited; another
                   conversation with the same system prompt; a third turn after the server was restarted

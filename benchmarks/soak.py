@@ -222,7 +222,8 @@ def report(record: Record) -> list[str]:
     for number, rss in enumerate(record.rss_mb, 1):
         grown = growth(rss)
         print(
-            f"server {number}: memory {min(rss):.0f} to {max(rss):.0f} MB in {len(rss)} s, last over second quarter {grown:.3f}"
+            f"server {number}: memory {min(rss):.0f} to {max(rss):.0f} MB in {len(rss)} s, "
+            f"its last quarter {grown:.3f} of its second"
         )
         if grown > GROWTH:
             faults.append(f"server {number}: its memory grew by {grown - 1:.0%}")

@@ -7,6 +7,7 @@ from bisect import bisect_left
 WEIGHT = 0.2  # of a new measurement in a running mean
 MEMORY = 0.93  # by which older drafts count less
 PROBE = 4  # steps with a draft, to see whether it would pay by now
+LOOK = 16  # steps without a draft, before it is worked out again whether one would pay: that takes time too
 PATIENCE = 64, 1024  # steps without, before a probe; twice as many each time it was in vain
 
 
@@ -80,6 +81,8 @@ class DraftLength:
 
     def choose(self, step_tokens: int, answers: int, most: int) -> int:
         """step_tokens: of the step without drafts, which brings `answers` tokens, one of them this request's."""
+        if self._idle > 0 and self._idle % LOOK:
+            return self._probe()
         best = max(range(most + 1), key=lambda drafts: self._rate(drafts, step_tokens, answers))
         if best or not most:
             self._idle, self._patience = min(self._idle, 0), PATIENCE[0]
