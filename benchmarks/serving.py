@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -343,7 +343,7 @@ def _report_load(found: dict[str, list[tuple[float, float, float]]]) -> None:
 # ---- all of them ---------------------------------------------------------------------------------------------
 
 
-RUNS: dict[Part, Callable[[Bench], Awaitable[None]]] = {
+RUNS: dict[Part, Callable[[Bench], Coroutine[None, None, None]]] = {
     "conversation": conversation,
     "streams": streams,
     "company": company,
