@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import signal
 import socket
@@ -46,6 +47,7 @@ class Server:
         self.url = f"http://127.0.0.1:{port}"
         with log.open("ab") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out)
+        atexit.register(self.process.kill)  # it does not outlive this process
         until = time.monotonic() + START_S
         while not self._is_ready():
             if self.process.poll() is not None or time.monotonic() > until:
@@ -76,6 +78,11 @@ class Server:
     def __exit__(self, *error: object) -> None:
         if self.process.poll() is None:
             self.stop()
+
+
+def end_servers_on_sigterm() -> None:
+    """A benchmark that is told to end does so as by an exception, with the servers that it started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def free_port() -> int:

@@ -38,6 +38,7 @@ from service import (
     Texts,
     ask,
     chat_body,
+    end_servers_on_sigterm,
     message,
     new_client,
     packed_folder,
@@ -368,6 +369,7 @@ def run(options: Options) -> None:
 
 
 def main() -> None:
+    end_servers_on_sigterm()
     try:
         run(tyro.cli(Options, description=__doc__))
     except (ValueError, OSError) as error:

@@ -32,6 +32,7 @@ from service import (
     Texts,
     ask,
     chat_body,
+    end_servers_on_sigterm,
     free_port,
     message,
     new_client,
@@ -235,6 +236,7 @@ def report(record: Record) -> list[str]:
 
 
 def main() -> None:
+    end_servers_on_sigterm()
     options = tyro.cli(Options, description=__doc__)
     options.work.mkdir(parents=True, exist_ok=True)
     source = options.model or options.work / "tiny"
