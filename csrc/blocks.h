@@ -59,7 +59,7 @@ class DeltaNetBlock {
   PackedMatrix output_;
 };
 
-// The experts behind the first `routed` are the parts of the shared one, which every token chooses.
+// The experts behind the router's are the parts of the shared one, which every token chooses.
 class SparseBlock {
  public:
   SparseBlock(const NormWeight& norm, const PackedLinear& router, const PackedLinear& shared_gate,
