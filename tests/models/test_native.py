@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +15,12 @@ from tenfold.kernels import cpu
 from tenfold.models import Config, Model
 from tenfold.models.native import NativeModel, load_native
 from tenfold.models.native_cache import PAGE, NativeCache
-from tenfold.models.qwen3 import Qwen3, Qwen3Config
-from tenfold.models.qwen3_next import Qwen3Next, Qwen3NextConfig
+from tenfold.models.qwen3 import Qwen3Config
+from tenfold.models.qwen3_next import Qwen3NextConfig
 from tenfold.models.weights import save_model
+from tests.models.native_models import new_model, one_native_thread
+
+__all__ = ["one_native_thread"]  # a fixture for all tests of this file
 
 if not cpu.available():
     pytest.skip("the native kernels are not built", allow_module_level=True)
@@ -69,30 +72,9 @@ def tolerance(config: Config, format: str) -> float:
     return PRODUCT[format] * (8 * config.num_hidden_layers + 1) ** 0.5
 
 
-@pytest.fixture(autouse=True)
-def one_native_thread() -> Iterator[None]:
-    before = cpu.threads()
-    cpu.set_threads(1)
-    yield
-    cpu.set_threads(before)
-
-
 @pytest.fixture(params=CONFIGS)
 def config(request: pytest.FixtureRequest) -> Config:
     return CONFIGS[request.param]
-
-
-def new_model(config: Config) -> Model:
-    """Weights as a bf16 checkpoint holds them, in fp32; norms and gates away from where they start."""
-    model = Qwen3Next(config) if isinstance(config, Qwen3NextConfig) else Qwen3(config)
-    generator = torch.Generator().manual_seed(0)
-    model.init_weights(generator)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(parameter.bfloat16().float())
-    return model.eval()
 
 
 def pack(model: Model, format: str) -> NativeModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -16,8 +16,12 @@ from tenfold.kernels import cpu
 from tenfold.models import Config
 from tenfold.models.native import NativeModel
 from tenfold.models.native_cache import KV_FORMATS, PAGE
-from tenfold.models.qwen3 import Qwen3, Qwen3Config
+from tenfold.models.qwen3 import Qwen3Config
 from tenfold.models.qwen3_next import Qwen3Next, Qwen3NextConfig
+from tests.models import native_models
+from tests.models.native_models import one_native_thread
+
+__all__ = ["one_native_thread"]  # a fixture for all tests of this file
 
 if not cpu.available():
     pytest.skip("the native kernels are not built", allow_module_level=True)
@@ -56,30 +60,9 @@ PAGES, SLOTS = 24, 12
 DRAFT_TOLERANCE = 0.0025 * 10**0.5
 
 
-@pytest.fixture(autouse=True)
-def one_native_thread() -> Iterator[None]:
-    before = cpu.threads()
-    cpu.set_threads(1)
-    yield
-    cpu.set_threads(before)
-
-
-def torch_model(config: Config) -> Qwen3Next | Qwen3:
-    """Weights as a bf16 checkpoint holds them, in fp32; norms and gates away from where they start."""
-    model = Qwen3Next(config) if isinstance(config, Qwen3NextConfig) else Qwen3(config)
-    generator = torch.Generator().manual_seed(0)
-    model.init_weights(generator)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(parameter.bfloat16().float())
-    return model.eval()
-
-
 def new_model(config: Config = NEXT, kv_format: str = "fp16", format: str = "int8") -> NativeModel:
     """With a pool that others have used: all blocks hold NaN, or large integers."""
-    model = NativeModel.pack(config, torch_model(config).named_parameters(), format, kv_format)
+    model = NativeModel.pack(config, native_models.new_model(config).named_parameters(), format, kv_format)
     model.allocate(PAGES, SLOTS)
     for page in range(PAGES):
         model.write_page(page, torch.full((model.page_bytes,), 255, dtype=torch.uint8))
@@ -221,7 +204,7 @@ def test_foreign_content_is_refused(shared_model: NativeModel) -> None:
 
 
 def test_too_much_memory_is_an_error() -> None:
-    model = NativeModel.pack(NEXT, torch_model(NEXT).named_parameters(), "int8")
+    model = NativeModel.pack(NEXT, native_models.new_model(NEXT).named_parameters(), "int8")
     with pytest.raises(MemoryError):
         model.allocate(1 << 40, 1)
 
@@ -287,7 +270,7 @@ def test_more_saved_states_than_tokens_are_refused(shared_model: NativeModel) ->
 @torch.no_grad()
 def test_drafts_are_those_that_torch_was_trained_to_make() -> None:
     config = replace(NEXT, head_dim=64, partial_rotary_factor=0.5)
-    model, reference, tokens = new_model(config, "fp32", "bf16"), torch_model(config), random_tokens(45)
+    model, reference, tokens = new_model(config, "fp32", "bf16"), native_models.new_model(config), random_tokens(45)
     assert isinstance(reference, Qwen3Next)
     hidden, _ = reference.hidden_states(torch.tensor([tokens]))
     [(state, _)] = reference.draft_states(torch.tensor([tokens]), hidden, 1)
@@ -300,7 +283,7 @@ def test_drafts_are_those_that_torch_was_trained_to_make() -> None:
 @torch.no_grad()
 def test_a_chain_of_drafts_goes_on_from_its_own_states() -> None:
     """Against torch's module over the whole chain at once: one more token and state at a time, positions going on."""
-    model, reference, tokens = new_model(NEXT, "fp32", "bf16"), torch_model(NEXT), random_tokens(40)
+    model, reference, tokens = new_model(NEXT, "fp32", "bf16"), native_models.new_model(NEXT), random_tokens(40)
     assert isinstance(reference, Qwen3Next) and reference.mtp
     hidden = alone(model, tokens)
     states = [model.draft([Span(tokens=tokens[1:], slot=0, past=0, pages=[3, 4])], hidden[:-1])]
@@ -347,7 +330,7 @@ def test_drafting_leaves_the_body_alone(shared_model: NativeModel) -> None:
 
 
 def test_a_fingerprint_tells_models_apart() -> None:
-    model = torch_model(NEXT)
+    model = native_models.new_model(NEXT)
     first = NativeModel.pack(NEXT, model.named_parameters(), "int8")
     same = NativeModel.pack(NEXT, reversed(list(model.named_parameters())), "int8")
     assert first.fingerprint == same.fingerprint
