@@ -51,7 +51,8 @@ void multiply_rows(const Product& product, const Parts& panels, const uint8_t* i
     const int tokens = static_cast<int>(panels.size(p));
     const uint8_t* panel =
         inputs + first * groups(product) * static_cast<int64_t>(group_input_bytes(product));
-    multiply_block(w.format, rows, panel, tokens, groups(product), y);
+    const uint8_t* next = p == 0 ? rows + block_bytes(w.format, w.cols) : nullptr;
+    multiply_block(w.format, rows, next, panel, tokens, groups(product), y);
     const auto store = out.dtype == DType::f32 ? store_tile<float> : store_tile<bf16>;
     store(y, out, first, tokens, block * kBlockRows);
   }
@@ -63,7 +64,8 @@ void multiply_rows_of_one(const Product& product, const uint8_t* inputs, int64_t
   const Rows& out = product.outputs[weight];
   const int64_t each = block_bytes(w.format, w.cols);
   alignas(64) float y[2 * kBlockRows];
-  multiply_pair(w.format, w.data + block * each, w.data + (block + 1) * each, inputs, groups(product), y);
+  const uint8_t* rows = w.data + block * each;
+  multiply_pair(w.format, rows, rows + 2 * each, inputs, groups(product), y);
   const auto store = out.dtype == DType::f32 ? store_tile<float> : store_tile<bf16>;
   store(y, out, 0, 1, block * kBlockRows);
   store(y + kBlockRows, out, 0, 1, (block + 1) * kBlockRows);

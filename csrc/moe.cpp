@@ -120,11 +120,13 @@ void gate_up_block(const ExpertLayer& layer, const Plan& plan, const Span& span,
     const uint8_t* panel = inputs + first * groups * bytes;
     if (tokens == 1) {
       alignas(64) float both[2 * kBlockRows];
-      multiply_pair(layer.format, rows, rows + each, panel, groups, both);
+      multiply_pair(layer.format, rows, rows + 2 * each, panel, groups, both);
       memcpy(gate, both, sizeof both / 2), memcpy(up, both + kBlockRows, sizeof both / 2);
     } else {
-      multiply_block(layer.format, rows, panel, static_cast<int>(tokens), groups, gate);
-      multiply_block(layer.format, rows + each, panel, static_cast<int>(tokens), groups, up);
+      const uint8_t *up_rows = rows + each, *next = up_rows + each;
+      multiply_block(layer.format, rows, p ? nullptr : up_rows, panel, static_cast<int>(tokens), groups,
+                     gate);
+      multiply_block(layer.format, up_rows, p ? nullptr : next, panel, static_cast<int>(tokens), groups, up);
     }
     uint8_t* to =
         plan.activations + ((span.first + first) * Plan::width_groups(layer) + block * tokens) * bytes;
@@ -155,17 +157,21 @@ struct Output {
   int64_t stride;
 };
 
+const uint8_t* down_rows(const ExpertLayer& layer, const Span& span, int64_t block) {
+  return span.expert + 2 * packed_bytes(layer.format, layer.width, layer.x.cols) +
+         block * block_bytes(layer.format, layer.width);
+}
+
 void down_block(const ExpertLayer& layer, const Plan& plan, const Span& span, int64_t block,
-                const Output& out) {
+                const uint8_t* next, const Output& out) {
   const int64_t groups = Plan::width_groups(layer);
-  const uint8_t* rows = span.expert + 2 * packed_bytes(layer.format, layer.width, layer.x.cols) +
-                        block * block_bytes(layer.format, layer.width);
+  const uint8_t* rows = down_rows(layer, span, block);
   const Parts parts = panels(span.count);
   for (int64_t p = 0; p < parts.count(); ++p) {
     alignas(64) float y[kPanelTokens * kBlockRows];
     const int64_t first = span.first + parts.first(p), tokens = parts.size(p);
     const uint8_t* panel = plan.activations + first * groups * Plan::bytes(layer);
-    multiply_block(layer.format, rows, panel, static_cast<int>(tokens), groups, y);
+    multiply_block(layer.format, rows, p == 0 ? next : nullptr, panel, static_cast<int>(tokens), groups, y);
     for (int64_t t = 0; t < tokens; ++t) {
       float* sum = out.data + plan.tokens[first + t] * out.stride + block * kBlockRows;
       const F32 weight = splat(plan.weights[first + t]);
@@ -194,7 +200,12 @@ void down(const ExpertLayer& layer, const Plan& plan) {
       memset(out.data + t * out.stride + col, 0, static_cast<size_t>(count * kBlockRows) * sizeof(float));
     }
     for (int64_t s = 0; s < plan.span_count; ++s) {
-      for (int64_t i = 0; i < count; ++i) down_block(layer, plan, plan.spans[s], first + i, out);
+      const Span &span = plan.spans[s], &following = plan.spans[s + 1 < plan.span_count ? s + 1 : s];
+      for (int64_t i = 0; i < count; ++i) {
+        const uint8_t* next =
+            i + 1 < count ? down_rows(layer, span, first + i + 1) : down_rows(layer, following, first);
+        down_block(layer, plan, span, first + i, next, out);
+      }
     }
     if (plan.sums) round_output(layer, out, col, count * kBlockRows);
   });

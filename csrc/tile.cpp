@@ -144,23 +144,58 @@ struct Kernel<Format::bf16> {
   }
 };
 
-template <Format format, int T>
-void multiply(const uint8_t* block, const uint8_t* panel, int64_t groups, float* out) {
+constexpr int64_t kFetchAhead = 4;  // groups
+constexpr int64_t kChunkGroups =
+    8;  // that all passes over a block finish before the next: the first-level cache holds them
+
+// What a thread reads of a weight: a block, and then another, whose beginning is fetched behind the first one's end.
+template <Format format>
+struct Reading {
+  const uint8_t *block, *next;
+  int64_t groups;
+
+  const uint8_t* group(int64_t g) const { return block + g * group_bytes(format); }
+
+  // Has what is read some groups after this one brought nearer: one of so many equal parts of it.
+  template <int parts>
+  TENFOLD_INLINE void fetch_ahead(int64_t g, int part) const {
+    constexpr int kLines = (group_bytes(format) / 64 + parts - 1) / parts;
+    const int64_t ahead = g + kFetchAhead;
+    const uint8_t* from = ahead < groups ? group(ahead) : next + (ahead - groups) * group_bytes(format);
+    unrolled<kLines>([&](auto i) TENFOLD_BODY { __builtin_prefetch(from + (part * kLines + i) * 64); });
+  }
+};
+
+// Adds the products of groups `from` .. `to` - 1 to `out`, for the block's vectors from `first` on.
+template <Format format, int V, int T>
+void add_groups(const Reading<format>& reading, const uint8_t* panel, int64_t from, int64_t to, int first,
+                float* out) {
   using K = Kernel<format>;
-  constexpr int V = tile_vectors(T, K::kRegistersEach);
-  for (int first = 0; first < kVectors; first += V) {
-    Sums<V, T> y;
-    unrolled<V>([&](auto v) TENFOLD_BODY { unrolled<T>([&](auto t) TENFOLD_BODY { y[v][t] = splat(0); }); });
-    const uint8_t* scales = block + 2 * kLanes * first;
-    const uint8_t* line = block + scale_bytes(format) + kVectorBytes * first;
-    const auto* input = reinterpret_cast<const typename K::Input*>(panel);
-    for (int64_t g = 0; g < groups; ++g, input += T) {
-      K::template add_group<V, T>(scales, line, input, y);
-      scales += group_bytes(format), line += group_bytes(format);
-    }
+  Sums<V, T> y;
+  const auto each_sum = [&](const auto& body) TENFOLD_BODY {
     unrolled<V>([&](auto v) TENFOLD_BODY {
-      unrolled<T>([&](auto t) TENFOLD_BODY { store(out + t * kBlockRows + (first + v) * kLanes, y[v][t]); });
+      unrolled<T>([&](auto t) TENFOLD_BODY { body(y[v][t], out + t * kBlockRows + (first + v) * kLanes); });
     });
+  };
+  each_sum([](F32& sum, const float* at) TENFOLD_BODY { sum = load(at); });
+  const auto* input = reinterpret_cast<const typename K::Input*>(panel) + from * T;
+  for (int64_t g = from; g < to; ++g, input += T) {
+    if (reading.next) reading.template fetch_ahead<kVectors / V>(g, first / V);
+    const uint8_t* scales = reading.group(g);
+    K::template add_group<V, T>(scales + 2 * kLanes * first,
+                                scales + scale_bytes(format) + kVectorBytes * first, input, y);
+  }
+  each_sum([](const F32& sum, float* at) TENFOLD_BODY { store(at, sum); });
+}
+
+template <Format format, int T>
+void multiply(const Reading<format>& reading, const uint8_t* panel, float* out) {
+  constexpr int V = tile_vectors(T, Kernel<format>::kRegistersEach);
+  memset(out, 0, T * kBlockRows * sizeof(float));
+  for (int64_t g = 0; g < reading.groups; g += kChunkGroups) {
+    const int64_t end = g + kChunkGroups < reading.groups ? g + kChunkGroups : reading.groups;
+    for (int first = 0; first < kVectors; first += V)
+      add_groups<format, V, T>(reading, panel, g, end, first, out);
   }
 }
 
@@ -168,16 +203,16 @@ void multiply(const uint8_t* block, const uint8_t* panel, int64_t groups, float*
 template <Format format>
 struct Stream {
   using K = Kernel<format>;
-  const uint8_t *scales, *line;
+  Reading<format> reading;
   Sums<kVectors, 1> y;
 
-  TENFOLD_INLINE void start(const uint8_t* block) {
-    scales = block, line = block + scale_bytes(format);
+  TENFOLD_INLINE void start() {
     unrolled<kVectors>([&](auto v) TENFOLD_BODY { y[v][0] = splat(0); });
   }
-  TENFOLD_INLINE void add_group(const typename K::Input* input) {
-    K::template add_group<kVectors, 1>(scales, line, input, y);
-    scales += group_bytes(format), line += group_bytes(format);
+  TENFOLD_INLINE void add_group(int64_t g, const typename K::Input* input) {
+    reading.template fetch_ahead<1>(g, 0);
+    const uint8_t* scales = reading.group(g);
+    K::template add_group<kVectors, 1>(scales, scales + scale_bytes(format), input, y);
   }
   TENFOLD_INLINE void finish(float* out) const {
     unrolled<kVectors>([&](auto v) TENFOLD_BODY { store(out + v * kLanes, y[v][0]); });
@@ -185,20 +220,21 @@ struct Stream {
 };
 
 template <Format format>
-void multiply_streams(const uint8_t* first, const uint8_t* second, const uint8_t* panel, int64_t groups,
+void multiply_streams(const uint8_t* blocks, const uint8_t* next, const uint8_t* panel, int64_t groups,
                       float* out) {
-  Stream<format> a, b;
-  a.start(first), b.start(second);
+  const int64_t each = groups * group_bytes(format);
+  Stream<format> a = {{blocks, next, groups}, {}}, b = {{blocks + each, next + each, groups}, {}};
+  a.start(), b.start();
   const auto* input = reinterpret_cast<const typename Kernel<format>::Input*>(panel);
-  for (int64_t g = 0; g < groups; ++g, ++input) a.add_group(input), b.add_group(input);
+  for (int64_t g = 0; g < groups; ++g, ++input) a.add_group(g, input), b.add_group(g, input);
   a.finish(out), b.finish(out + kBlockRows);
 }
 
 template <Format format, int T = kPanelTokens>
-void multiply_tokens(const uint8_t* block, const uint8_t* panel, int tokens, int64_t groups, float* y) {
+void multiply_tokens(const Reading<format>& reading, const uint8_t* panel, int tokens, float* y) {
   if constexpr (T > 0) {
-    if (tokens == T) return multiply<format, T>(block, panel, groups, y);
-    multiply_tokens<format, T - 1>(block, panel, tokens, groups, y);
+    if (tokens == T) return multiply<format, T>(reading, panel, y);
+    multiply_tokens<format, T - 1>(reading, panel, tokens, y);
   }
 }
 
@@ -247,21 +283,21 @@ void gather_panel(Format format, const uint8_t* inputs, const int32_t* tokens, i
   gather<QuantizedInput>(inputs, tokens, count, groups, panel);
 }
 
-void multiply_block(Format format, const uint8_t* block, const uint8_t* panel, int tokens, int64_t groups,
-                    float* y) noexcept {
+void multiply_block(Format format, const uint8_t* block, const uint8_t* next, const uint8_t* panel,
+                    int tokens, int64_t groups, float* y) noexcept {
   switch (format) {
-    case Format::bf16: return multiply_tokens<Format::bf16>(block, panel, tokens, groups, y);
-    case Format::int8: return multiply_tokens<Format::int8>(block, panel, tokens, groups, y);
-    case Format::int4: return multiply_tokens<Format::int4>(block, panel, tokens, groups, y);
+    case Format::bf16: return multiply_tokens<Format::bf16>({block, next, groups}, panel, tokens, y);
+    case Format::int8: return multiply_tokens<Format::int8>({block, next, groups}, panel, tokens, y);
+    case Format::int4: return multiply_tokens<Format::int4>({block, next, groups}, panel, tokens, y);
   }
 }
 
-void multiply_pair(Format format, const uint8_t* first, const uint8_t* second, const uint8_t* panel,
+void multiply_pair(Format format, const uint8_t* blocks, const uint8_t* next, const uint8_t* panel,
                    int64_t groups, float* y) noexcept {
   switch (format) {
-    case Format::bf16: return multiply_streams<Format::bf16>(first, second, panel, groups, y);
-    case Format::int8: return multiply_streams<Format::int8>(first, second, panel, groups, y);
-    case Format::int4: return multiply_streams<Format::int4>(first, second, panel, groups, y);
+    case Format::bf16: return multiply_streams<Format::bf16>(blocks, next, panel, groups, y);
+    case Format::int8: return multiply_streams<Format::int8>(blocks, next, panel, groups, y);
+    case Format::int4: return multiply_streams<Format::int4>(blocks, next, panel, groups, y);
   }
 }
 

@@ -25,13 +25,14 @@ size_t input_bytes(Format format);  // of one group of one token
 void prepare_input(Format format, const float* x, int64_t groups, uint8_t* to, int64_t stride) noexcept;
 void prepare_input(Format format, const bf16* x, int64_t groups, uint8_t* to, int64_t stride) noexcept;
 
-// y[t * 32 + r] = row r of the block times token t of the panel.
-void multiply_block(Format format, const uint8_t* block, const uint8_t* panel, int tokens, int64_t groups,
-                    float* y) noexcept;
+// y[t * 32 + r] = row r of the block times token t of the panel. `next` is the block that this thread reads next: its
+// beginning is fetched meanwhile, as is the rest of this one. Null where the block has just been read.
+void multiply_block(Format format, const uint8_t* block, const uint8_t* next, const uint8_t* panel,
+                    int tokens, int64_t groups, float* y) noexcept;
 
-// The same for one token and two blocks: y[r] of the first, y[32 + r] of the second. Weights then come in two streams,
-// so that the processor fetches twice as far ahead while it multiplies.
-void multiply_pair(Format format, const uint8_t* first, const uint8_t* second, const uint8_t* panel,
+// For one token and two neighbouring blocks: y[r] of the first, y[32 + r] of the second. Weights then come in two
+// streams, of which twice as much is under way. `next` is the pair to be read next, not null.
+void multiply_pair(Format format, const uint8_t* blocks, const uint8_t* next, const uint8_t* panel,
                    int64_t groups, float* y) noexcept;
 
 // panel = the inputs of these tokens, taken from `inputs` [T, K / 32].
