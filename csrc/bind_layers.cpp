@@ -89,6 +89,15 @@ void run_block(const Block& block, Residual& residual, const Memory&... memory) 
   block.run(residual, memory...);
 }
 
+Residual run_draft_input(const DraftInput& block, const std::vector<const PackedLinear*>& embedding,
+                         const std::vector<int64_t>& tokens, const Input& hidden) {
+  const Rows rows = matrix(hidden, "hidden");
+  require_shape(rows, static_cast<int64_t>(tokens.size()), block.dim(), "hidden");
+  require(rows.dtype == DType::f32, "hidden must be float32");
+  const nb::gil_scoped_release release;
+  return block.run(embedding, tokens, rows);
+}
+
 void normalize(Residual& residual, const NormWeight& norm, const Output& out) {
   const Rows rows = activations(out, residual.x().rows, norm.dim(), "out");
   const nb::gil_scoped_release release;
@@ -105,6 +114,10 @@ void bind_blocks(nb::module_& m) {
       .def_prop_ro("shape", [](const Residual& self) { return nb::make_tuple(self.x().rows, self.x().cols); })
       .def("settle", &Residual::settle)
       .def("normalize", &normalize, nb::arg("norm"), nb::arg("out"));
+  nb::class_<DraftInput>(m, "DraftInput")
+      .def(nb::init<Norm, Norm, Linear>(), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
+           nb::keep_alive<1, 4>(), nb::arg("embedding_norm"), nb::arg("hidden_norm"), nb::arg("weight"))
+      .def("__call__", &run_draft_input, nb::arg("embedding"), nb::arg("tokens"), nb::arg("hidden"));
   nb::class_<AttentionBlock>(m, "AttentionBlock")
       .def(nb::init<Norm, Linear, Linear, Linear, Norm, Norm, Linear, bool>(), nb::keep_alive<1, 2>(),
            nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(),

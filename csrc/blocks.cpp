@@ -39,6 +39,11 @@ void require_writes(const NormWeight& norm, const PackedMatrix& weight, int64_t 
           "a block's last weight must lead from what the block computes back to the residual stream");
 }
 
+int64_t columns(const std::vector<const PackedLinear*>& weights) {
+  require(!weights.empty(), "one weight at least");
+  return weights[0]->cols();
+}
+
 }  // namespace
 
 Residual::Residual(Output x) : array_(std::move(x)), x_(matrix(array_, "x")) {
@@ -46,13 +51,15 @@ Residual::Residual(Output x) : array_(std::move(x)), x_(matrix(array_, "x")) {
   make_room();
 }
 
-Residual::Residual(const std::vector<const PackedLinear*>& weights, const std::vector<int64_t>& rows) {
-  require(!weights.empty(), "one weight at least");
-  const auto count = static_cast<int64_t>(rows.size()), cols = weights[0]->cols();
-  own_ = allocate(static_cast<size_t>(count * cols) * sizeof(float));
-  x_ = {own_.get(), DType::f32, count, cols, cols};
-  take_rows(weights, rows.data(), x_);
+Residual::Residual(int64_t rows, int64_t cols)
+    : own_(allocate(static_cast<size_t>(rows * cols) * sizeof(float))),
+      x_{own_.get(), DType::f32, rows, cols, cols} {
   make_room();
+}
+
+Residual::Residual(const std::vector<const PackedLinear*>& weights, const std::vector<int64_t>& rows)
+    : Residual(static_cast<int64_t>(rows.size()), columns(weights)) {
+  take_rows(weights, rows.data(), x_);
 }
 
 void Residual::make_room() {
@@ -79,6 +86,28 @@ void Residual::settle() {
     for (int64_t i = 0; i < x_.cols; ++i) x[i] += added[i];
   }
   pending_ = false;
+}
+
+DraftInput::DraftInput(const NormWeight& embedding_norm, const NormWeight& hidden_norm,
+                       const PackedLinear& weight)
+    : embedding_norm_(embedding_norm), hidden_norm_(hidden_norm), weight_(weight.view()) {
+  const int64_t dim = embedding_norm.dim();
+  require(hidden_norm.dim() == dim && weight_.rows == dim && weight_.cols == 2 * dim,
+          "the weight must lead from both norms' dimensions to one");
+}
+
+Residual DraftInput::run(const std::vector<const PackedLinear*>& embedding,
+                         const std::vector<int64_t>& tokens, const Rows& hidden) const {
+  const int64_t rows = static_cast<int64_t>(tokens.size()), dim = weight_.rows;
+  const auto [embedded, both] = matrices<2>(rows, {dim, 2 * dim});
+  take_rows(embedding, tokens.data(), embedded);
+  const Rows left = {both.data, DType::f32, rows, dim, both.stride};
+  const Rows right = {static_cast<float*>(both.data) + dim, DType::f32, rows, dim, both.stride};
+  tenfold::run(RmsNorm{embedded, left, nullptr, embedding_norm_.scale(), embedding_norm_.eps()});
+  tenfold::run(RmsNorm{hidden, right, nullptr, hidden_norm_.scale(), hidden_norm_.eps()});
+  Residual residual(rows, dim);
+  multiply<1>(both, {weight_}, {residual.x()});
+  return residual;
 }
 
 AttentionBlock::AttentionBlock(const NormWeight& norm, const PackedLinear& q, const PackedLinear& k,

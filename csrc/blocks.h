@@ -14,6 +14,7 @@ namespace tenfold {
 class Residual {
  public:
   explicit Residual(Output x);
+  Residual(int64_t rows, int64_t cols);  // its own, of any content
   // Rows of weights that stand one below the other: embeddings of tokens.
   Residual(const std::vector<const PackedLinear*>& weights, const std::vector<int64_t>& rows);
 
@@ -29,6 +30,21 @@ class Residual {
   Memory own_, memory_;
   Rows x_ = {}, added_ = {};
   bool pending_ = false;
+};
+
+// Where multi-token prediction begins: the embeddings of tokens and the hidden states before them, each behind a norm,
+// side by side through one weight [D, 2 D].
+class DraftInput {
+ public:
+  DraftInput(const NormWeight& embedding_norm, const NormWeight& hidden_norm, const PackedLinear& weight);
+
+  Residual run(const std::vector<const PackedLinear*>& embedding, const std::vector<int64_t>& tokens,
+               const Rows& hidden) const;
+  int64_t dim() const { return weight_.rows; }
+
+ private:
+  const NormWeight &embedding_norm_, &hidden_norm_;
+  PackedMatrix weight_;
 };
 
 class AttentionBlock {

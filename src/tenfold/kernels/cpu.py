@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         DeltaNetBlock,
         DeltaNetWeights,
         DenseBlock,
+        DraftInput,
         KeyValuePages,
         NormWeight,
         PackedExperts,
@@ -426,6 +427,18 @@ def residual(x: Tensor) -> Residual:
 def embed(weights: Sequence[PackedLinear], tokens: Sequence[int]) -> Residual:
     """A residual stream that begins with rows of weights that stand one below the other."""
     return _native().Residual(weights, tokens)
+
+
+def draft_input(embedding_norm: NormWeight, hidden_norm: NormWeight, weight: PackedLinear) -> DraftInput:
+    """Where multi-token prediction begins: both norms have `[D]`, the weight is `[D, 2 D]`."""
+    return _native().DraftInput(embedding_norm, hidden_norm, weight)
+
+
+def embed_drafts(
+    block: DraftInput, weights: Sequence[PackedLinear], tokens: Sequence[int], hidden: Tensor
+) -> Residual:
+    """A residual stream of multi-token prediction: from embeddings, as `embed`, and hidden states fp32 `[T, D]`."""
+    return block(weights, tokens, hidden.detach())
 
 
 def normalized(residual: Residual, norm: NormWeight) -> Tensor:

@@ -105,25 +105,23 @@ class MultiTokenPrediction:
 
     def __init__(self, config: Config, packed: Packed, layer: DecoderLayer) -> None:
         names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
-        self.embedding_norm, self.hidden_norm, self.norm = (
-            norm_weight(config, packed.tensors[f"{name}.weight"]) for name in names
-        )
-        self.input = [packed.matrices["fc.weight"]]
-        self.layer = layer
+        embedding, hidden, self._norm = (norm_weight(config, packed.tensors[f"{name}.weight"]) for name in names)
+        weight = packed.matrices["fc.weight"]
+        self._input, self._layer = cpu.draft_input(embedding, hidden, weight), layer
+        self.nbytes = weight.nbytes + layer.packed.nbytes()  # of packed weights
 
     def __call__(
-        self, embedding: Tensor, hidden: Tensor, memory: KeyValueMemory | RecurrentMemory, batch: cpu.Batch
+        self,
+        embedding: Sequence[cpu.PackedLinear],
+        tokens: Sequence[int],
+        hidden: Tensor,
+        memory: KeyValueMemory | RecurrentMemory,
+        batch: cpu.Batch,
     ) -> Tensor:
-        """All `[T, D]`."""
-        both = cpu.rms_norm(embedding, self.embedding_norm), cpu.rms_norm(hidden, self.hidden_norm)
-        x = cpu.linear(torch.cat(both, 1), self.input)[0]
-        residual = cpu.residual(x)
-        self.layer(residual, memory, batch)
-        return cpu.normalized(residual, self.norm)
-
-    def nbytes(self) -> int:
-        """Bytes of packed weights."""
-        return self.input[0].nbytes + self.layer.packed.nbytes()
+        """For tokens, of which these are the embeddings, and hidden states `[T, D]`; `[T, D]`."""
+        residual = cpu.embed_drafts(self._input, embedding, tokens, hidden)
+        self._layer(residual, memory, batch)
+        return cpu.normalized(residual, self._norm)
 
 
 class Span(Protocol):
@@ -231,8 +229,8 @@ class NativeModel:
         `past` counts from the second token of the sequence, as do the positions.
         """
         assert self.mtp is not None, "the configuration has no MTP module"
-        embedding = cpu.take_rows(self.embedding, torch.tensor(tokens_of(spans)))
-        return self.mtp(embedding, hidden, self._pool.layers[-1], self._batch(spans))
+        memory, batch = self._pool.layers[-1], self._batch(spans)
+        return self.mtp(self.embedding, tokens_of(spans), hidden, memory, batch)
 
     def _batch(self, spans: Sequence[Span]) -> cpu.Batch:
         ends = [span.past + len(span.tokens) for span in spans]
@@ -276,7 +274,7 @@ class NativeModel:
     def nbytes(self) -> int:
         """Bytes of the embedding and of packed weights."""
         vocabulary = {id(part): part for part in (*self.embedding, *self.head)}
-        packed = sum(layer.packed.nbytes() for layer in self.layers) + (self.mtp.nbytes() if self.mtp else 0)
+        packed = sum(layer.packed.nbytes() for layer in self.layers) + (self.mtp.nbytes if self.mtp else 0)
         return sum(part.nbytes for part in vocabulary.values()) + packed
 
     def bytes_per_token(self) -> int:
