@@ -148,6 +148,17 @@ constexpr int64_t kFetchAhead = 4;  // groups
 constexpr int64_t kChunkGroups =
     8;  // that all passes over a block finish before the next: the first-level cache holds them
 
+// Intel's cores have too few misses under way unless told what comes; AMD's fetch further ahead by themselves, and telling
+// them costs more than it brings (docs/kernels.md).
+bool fetches() {
+#if defined(__x86_64__)
+  static const bool intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
+  return intel;
+#else
+  return false;
+#endif
+}
+
 // What a thread reads of a weight: a block, and then another, whose beginning is fetched behind the first one's end.
 template <Format format>
 struct Reading {
@@ -210,7 +221,7 @@ struct Stream {
     unrolled<kVectors>([&](auto v) TENFOLD_BODY { y[v][0] = splat(0); });
   }
   TENFOLD_INLINE void add_group(int64_t g, const typename K::Input* input) {
-    reading.template fetch_ahead<1>(g, 0);
+    if (reading.next) reading.template fetch_ahead<1>(g, 0);
     const uint8_t* scales = reading.group(g);
     K::template add_group<kVectors, 1>(scales, scales + scale_bytes(format), input, y);
   }
@@ -223,7 +234,8 @@ template <Format format>
 void multiply_streams(const uint8_t* blocks, const uint8_t* next, const uint8_t* panel, int64_t groups,
                       float* out) {
   const int64_t each = groups * group_bytes(format);
-  Stream<format> a = {{blocks, next, groups}, {}}, b = {{blocks + each, next + each, groups}, {}};
+  Stream<format> a = {{blocks, next, groups}, {}},
+                 b = {{blocks + each, next ? next + each : nullptr, groups}, {}};
   a.start(), b.start();
   const auto* input = reinterpret_cast<const typename Kernel<format>::Input*>(panel);
   for (int64_t g = 0; g < groups; ++g, ++input) a.add_group(g, input), b.add_group(g, input);
