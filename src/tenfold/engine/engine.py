@@ -272,6 +272,7 @@ class Engine:
             right += 1
         generation.note_drafts(len(drafts), right)
         generation.finish = verdict.finish
+        by_token = isinstance(verdict.stopped_by, int)
         self._updates.append(
             Update(
                 request_id=generation.request.id,
@@ -282,6 +283,7 @@ class Engine:
                 usage=generation.usage,
                 finish=verdict.finish,
                 stopped_by=verdict.stopped_by,
+                stop_logprobs=generation.logprobs[-1] if by_token and generation.logprobs else (),
             )
         )
         return right
