@@ -322,14 +322,15 @@ def test_logprobs_of_prompt_and_answer() -> None:
 def test_the_logprobs_of_the_token_that_ends_an_answer() -> None:
     said = answer(request(SYSTEM, max_tokens=5), VOCAB, CONTEXT, None)[0]
     params = SamplingParams(max_tokens=9, temperature=0, logprobs=1, stop_ids=(said[4],))
-    *before, last = run(start(), [one := Request(prompt_ids=SYSTEM, params=params)])[one.id]
+    one = Request(prompt_ids=SYSTEM, params=params)
+    *before, last = run(start(), [one])[one.id]
     assert (last.finish, last.stopped_by, len(last.logprobs)) == ("stop", said[4], len(last.tokens))
     assert all(not update.stop_logprobs for update in before)
     table = logits_after([*SYSTEM, *said], len(SYSTEM) + 4).log_softmax(-1)
     assert [entry.token for entry in last.stop_logprobs] == [said[4], said[4]]
     assert last.stop_logprobs[0].logprob == pytest.approx(float(table[said[4]]), abs=1e-6)
-    params = replace(params, logprobs=None)
-    assert not run(start(), [one := Request(prompt_ids=SYSTEM, params=params)])[one.id][-1].stop_logprobs
+    silent = Request(prompt_ids=SYSTEM, params=replace(params, logprobs=None))
+    assert not run(start(), [silent])[silent.id][-1].stop_logprobs
 
 
 def logits_after(tokens: list[int], length: int) -> Tensor:
