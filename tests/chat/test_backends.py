@@ -20,12 +20,13 @@ from rich.markdown import Markdown
 from rich.text import Text
 
 from tenfold import cli
-from tenfold.chat.backend import Cost, Options, Piece, Reasoning
+from tenfold.chat.backend import Cost, Options
 from tenfold.chat.conversation import Conversation
 from tenfold.chat.display import AnswerDisplay, finished, keep_maths
 from tenfold.chat.local import EngineBackend, open_local
 from tenfold.chat.remote import ServerBackend
 from tenfold.engine.llm import LLM
+from tenfold.engine.reasoning import Piece
 from tenfold.engine.request import Request, Update, Usage
 from tenfold.engine.sampler import SamplingParams
 from tenfold.kernels import cpu
@@ -182,27 +183,13 @@ def test_a_server_answers(path: str, server: Any) -> None:
     assert server.requests[0]["max_tokens"] == 5
 
 
-# ---- parts -------------------------------------------------------------------------------------------------
+# ---- the screen --------------------------------------------------------------------------------------------
 
 
 def split(text: str, cuts: Sequence[int]) -> Iterator[str]:
     """The text in pieces."""
     places = [0, *sorted({cut % (len(text) + 1) for cut in cuts}), len(text)]
     return (text[a:b] for a, b in pairwise(places))
-
-
-@given(
-    thought=st.text("ab<\n/", max_size=12).map(lambda text: text.lstrip("\n")),
-    answer=st.text("ab<\n/", max_size=12).map(lambda text: text.lstrip("\n")),
-    opened=st.sampled_from(["no", "prompt", "answer"]),
-    cuts=st.lists(st.integers(0, 99), max_size=8),
-)
-def test_reasoning_is_told_apart_however_it_is_cut(thought: str, answer: str, opened: str, cuts: list[int]) -> None:
-    text = {"no": "", "prompt": f"{thought}</think>\n\n", "answer": f"<think>\n{thought}</think>\n\n"}[opened] + answer
-    parts = Reasoning("<|im_start|>assistant\n" + ("<think>\n" if opened == "prompt" else ""))
-    pieces = [piece for part in split(text, cuts) for piece in parts.push(part)] + list(parts.finish())
-    assert "".join(piece.text for piece in pieces if piece.reasoning) == ("" if opened == "no" else thought)
-    assert "".join(piece.text for piece in pieces if not piece.reasoning) == answer
 
 
 BLOCKS = st.sampled_from(

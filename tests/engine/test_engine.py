@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -189,13 +190,14 @@ def test_the_latest_gives_way_and_loses_nothing() -> None:
 
 
 def test_a_full_queue_says_when_to_come_again() -> None:
-    engine = start(max_waiting=2)
-    for _ in range(2):
-        engine.add(request(SYSTEM))
+    engine = start(max_batch=2, max_waiting=1)
+    for _ in range(3):
+        engine.add(request(SYSTEM, max_tokens=1))
     with pytest.raises(QueueFull, match=r"the queue is full; try again in \d+ s") as full:
         engine.add(request(SYSTEM))
     assert full.value.retry_after >= 1
-    engine.step()  # the first runs, the second waits for its snapshot
+    while not any(update.finish for update in engine.step()):
+        pass
     engine.add(request(SYSTEM))
 
 
@@ -316,6 +318,20 @@ def test_logprobs_of_prompt_and_answer() -> None:
         table = logits_after([*SYSTEM, *said], index + 1).log_softmax(-1)
         assert line[0].logprob == pytest.approx(float(table[line[0].token]), abs=1e-6)
     assert [len(line) for line in told] == [1] * (len(SYSTEM) - 1) + [3] * 5
+
+
+def test_the_logprobs_of_the_token_that_ends_an_answer() -> None:
+    said = answer(request(SYSTEM, max_tokens=5), VOCAB, CONTEXT, None)[0]
+    params = SamplingParams(max_tokens=9, temperature=0, logprobs=1, stop_ids=(said[4],))
+    one = Request(prompt_ids=SYSTEM, params=params)
+    *before, last = run(start(), [one])[one.id]
+    assert (last.finish, last.stopped_by, len(last.logprobs)) == ("stop", said[4], len(last.tokens))
+    assert all(not update.stop_logprobs for update in before)
+    table = logits_after([*SYSTEM, *said], len(SYSTEM) + 4).log_softmax(-1)
+    assert [entry.token for entry in last.stop_logprobs] == [said[4], said[4]]
+    assert last.stop_logprobs[0].logprob == pytest.approx(float(table[said[4]]), abs=1e-6)
+    silent = Request(prompt_ids=SYSTEM, params=replace(params, logprobs=None))
+    assert not run(start(), [silent])[silent.id][-1].stop_logprobs
 
 
 def logits_after(tokens: list[int], length: int) -> Tensor:

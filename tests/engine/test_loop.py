@@ -15,6 +15,8 @@ from tenfold.engine.engine import Engine, EngineSettings, QueueFull
 from tenfold.engine.loop import EngineLoop
 from tenfold.engine.model_runner import Span
 from tenfold.engine.request import Request, Update
+from tenfold.engine.sampler import SamplingParams
+from tenfold.engine.structure import Structure
 from tests.engine.fake_model import FakeModel
 from tests.engine.reference import answer, request, tokens_of
 
@@ -103,7 +105,7 @@ def test_a_full_queue_and_bad_requests_are_refused_at_once() -> None:
         with pytest.raises(QueueFull):
             for seed in range(1, 3 + 3 + 2):  # as many run, as many wait, and one too many
                 first.append(await loop.submit(request([seed] * 3)))
-        assert len(first) >= 3
+        assert len(first) == 6
         with pytest.raises(ValueError, match="the prompt has token 99"):
             await loop.submit(request([99]))
         model.go.set()
@@ -114,12 +116,13 @@ def test_a_full_queue_and_bad_requests_are_refused_at_once() -> None:
     asyncio.run(scene())
 
 
-def test_all_that_come_at_once_are_answered_or_refused() -> None:
-    """While the grammar of one is read, others come; whoever was let in has a place until the engine has it."""
+@pytest.mark.parametrize("max_waiting", [0, 1, 3, 5])
+def test_all_that_come_at_once_are_answered_or_refused(max_waiting: int) -> None:
+    """While the grammar of one is read, others come; whoever was let in has a place, in the batch or in the queue."""
 
     async def scene() -> None:
         model = Paced()
-        loop = start(model, max_waiting=3)
+        loop = start(model, max_waiting=max_waiting)
         model.go.clear()
         requests = [request([seed] * 3, seed=seed) for seed in range(1, 13)]
         results = await asyncio.gather(*[loop.submit(one) for one in requests], return_exceptions=True)
@@ -127,10 +130,24 @@ def test_all_that_come_at_once_are_answered_or_refused() -> None:
             (one, stream) for one, stream in zip(requests, results, strict=True) if isinstance(stream, AsyncGenerator)
         ]
         refused = [error for error in results if isinstance(error, QueueFull)]
-        assert len(streams) + len(refused) == len(requests) and len(streams) == 3
+        assert len(streams) + len(refused) == len(requests) and len(streams) == 3 + max_waiting
         model.go.set()
         for one, stream in streams:
             assert correct(one, await read(stream))
+        await loop.drain(5)
+
+    asyncio.run(scene())
+
+
+def test_a_request_that_could_not_be_prepared_leaves_its_place() -> None:
+    async def scene() -> None:
+        loop, params = start(max_waiting=0), SamplingParams(structure=Structure("regex", "a"))
+        for _ in range(5):
+            with pytest.raises(ValueError, match="structured output needs a tokenizer"):
+                await loop.submit(Request(prompt_ids=[1, 2, 3], params=params))
+        requests = [request([seed] * 3, seed=seed) for seed in range(1, 4)]
+        answers = await asyncio.gather(*[read(await loop.submit(one)) for one in requests])
+        assert all(correct(one, updates) for one, updates in zip(requests, answers, strict=True))
         await loop.drain(5)
 
     asyncio.run(scene())

@@ -93,6 +93,7 @@ class FakeEngine:
                 usage=Usage(len(request.prompt_ids), 3, count, 2 * count, count),
                 finish=verdict.finish,
                 stopped_by=verdict.stopped_by,
+                stop_logprobs=self.ranked(token) if params.logprobs is not None and token == end else (),
             )
             first = None
             if verdict.finish:

@@ -304,11 +304,36 @@ def test_too_many_requests_at_once(servers: Callable[[Settings], Running]) -> No
     thread.join()
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/nothing", 404), ("POST", "/v1/models", 405)])
-def test_unknown_routes(server: Running, method: str, path: str, status: int) -> None:
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allowed"),
+    [
+        ("GET", "/v1/nothing", 404, ""),
+        ("POST", "/v1/responses/compact", 404, ""),
+        ("POST", "/v1/models", 405, "GET"),
+        ("GET", "/v1/chat/completions", 405, "POST"),
+        ("DELETE", "/v1/completions", 405, "POST"),
+        ("PUT", "/", 405, "GET, HEAD"),
+        ("GET", "/v1/messages", 405, "POST"),
+        ("GET", "/v1/messages/nothing", 404, ""),
+    ],
+)
+def test_unknown_routes_and_methods(server: Running, method: str, path: str, status: int, allowed: str) -> None:
     response = HTTP.request(method, f"{server.url}{path}")
     assert response.status_code == status and "openapi.json" in response.json()["error"]["message"]
+    assert (response.json().get("type") == "error") == path.startswith("/v1/messages")
+    assert sorted(response.headers.get("allow", "").split(", ")) == allowed.split(", ")
+
+
+def test_an_address_that_is_none(server: Running) -> None:
     assert HTTP.get(f"{server.url}/%ff%00/../x").status_code == 404
+
+
+def test_the_page_is_served_to_browsers_and_their_caches(server: Running) -> None:
+    for path in ("/", "/index.html", "/js/app.js"):
+        first = HTTP.get(f"{server.url}{path}")
+        assert first.status_code == 200 and HTTP.head(f"{server.url}{path}").status_code == 200
+        again = HTTP.get(f"{server.url}{path}", headers={"if-none-match": first.headers["etag"]})
+        assert again.status_code == 304
 
 
 # ---- the description ---------------------------------------------------------------------------------------

@@ -213,6 +213,17 @@ def test_texts_are_scored_as_harnesses_do(server: Running, client: openai.OpenAI
     assert scored.choices[0].text == "The sky is blue" and scored.choices[0].finish_reason == "length"
 
 
+def test_the_scores_of_a_text_are_whole_where_the_answer_ends_at_once(server: Running, client: openai.OpenAI) -> None:
+    """A harness takes the last entry for the token that was drawn, be it the end of the text."""
+    server.engine.answers["blue"] = ""
+    ids = server.engine.tokenizer.encode("The sky is blue")
+    answer = client.completions.create(model="fake", prompt=[ids], max_tokens=1, echo=True, logprobs=1, temperature=0)
+    (choice,) = answer.choices
+    assert choice.text == "The sky is blue" and choice.finish_reason == "stop" and choice.logprobs
+    assert choice.logprobs.tokens == [*map(server.engine.tokenizer.decode, [[i] for i in ids]), "<|endoftext|>"]
+    assert choice.logprobs.token_logprobs == [None, *[-0.5] * len(ids)]
+
+
 def test_models(client: openai.OpenAI, claude: anthropic.Anthropic) -> None:
     assert [model.id for model in client.models.list()] == ["fake", "alias"]
     assert client.models.retrieve("alias").id == "alias"

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tenfold.server.parts import Blocks, CallArguments, PlainReader, Reader
-from tenfold.server.reasoning import ReasoningReader, begins_in_reasoning
+from tenfold.server.reasoning import ReasoningReader
 from tenfold.server.tools import Format, ToolReader, convert, tool_format
 
 SCHEMAS: dict[str, dict[str, Any]] = {
@@ -185,9 +185,3 @@ def test_an_answer_without_reasoning_passes_unchanged(text: str, places: list[in
 def test_reasoning_that_was_cut_off_is_reasoning() -> None:
     assert read(ReasoningReader(PlainReader(), True), ["\nhm", "\n</thi"]) == [("reasoning", "", "hm\n</thi")]
     assert read(ReasoningReader(PlainReader(), False), ["<thi"]) == [("text", "", "<thi")]
-
-
-def test_only_a_prompt_that_opens_reasoning_begins_in_it() -> None:
-    assert begins_in_reasoning("<|im_start|>assistant\n<think>\n")
-    assert not begins_in_reasoning("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert not begins_in_reasoning("<|im_start|>user\nwhat is <think>?<|im_end|>\n<|im_start|>assistant\n")

@@ -13,7 +13,8 @@ from rich.markdown import Markdown
 from rich.segment import Segment, Segments
 from rich.text import Text
 
-from tenfold.chat.backend import Cost, Piece
+from tenfold.chat.backend import Cost
+from tenfold.engine.reasoning import Piece
 
 FRAME = 0.08  # seconds
 WIDEST = 100  # columns

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol, Self
 
-from tenfold.chat.backend import ChatBackend, Cost, Message, Options, Piece, Reasoning
+from tenfold.chat.backend import ChatBackend, Cost, Message, Options
 from tenfold.engine import engine as engines
 from tenfold.engine.llm import LLM, generate, require_tokenizer, start_native
+from tenfold.engine.reasoning import Piece, ReasoningSplitter, begins_in_reasoning
 from tenfold.engine.request import Request, Update, Usage
 from tenfold.engine.sampler import SamplingParams
 from tenfold.kernels import cpu
@@ -128,7 +129,7 @@ class Text:
 
     def __init__(self, tokenizer: Tokenizer, prompt: str) -> None:
         self._decoder = tokenizer.stream(skip_special_tokens=True)
-        self._reasoning = Reasoning(prompt)
+        self._reasoning = ReasoningSplitter(begins_in_reasoning(prompt))
 
     def push(self, token: int) -> Iterator[Piece]:
         yield from self._reasoning.push(self._decoder.push(token))

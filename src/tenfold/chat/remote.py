@@ -10,7 +10,8 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from tenfold.chat.backend import Cost, Message, Options, Piece
+from tenfold.chat.backend import Cost, Message, Options
+from tenfold.engine.reasoning import Piece
 
 SILENCE = 600.0  # seconds without a byte, after which a server is given up; ours sends heartbeats while it reads
 LONGEST_COMPLAINT = 1 << 16  # bytes

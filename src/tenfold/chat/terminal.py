@@ -12,9 +12,10 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.theme import Theme
 
-from tenfold.chat.backend import ChatBackend, Cost, Options, Piece
+from tenfold.chat.backend import ChatBackend, Cost, Options
 from tenfold.chat.conversation import Conversation
 from tenfold.chat.display import AnswerDisplay, printable
+from tenfold.engine.reasoning import Piece
 
 PROMPT, MORE, BLOCK = "> ", ". ", '"""'
 THEME = Theme({"markdown.code": "cyan", "markdown.block_quote": "dim", "markdown.h1": "bold underline"})

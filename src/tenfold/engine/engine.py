@@ -36,7 +36,7 @@ class EngineSettings:
 
     memory_bytes: int = 1 << 30  # of pages and slots, for running requests and the prefix cache
     max_batch: int = 8  # requests that run at once
-    max_waiting: int = 256  # requests that wait beyond those
+    max_waiting: int = 256  # requests that wait beyond those; 0 refuses what cannot run at once
     step_tokens: int = 256  # of a step, at most
     step_seconds: float = 0.25  # that a step should take at most while others wait for their next token
     max_drafts: int = 4  # tokens drafted for a request in a step; 0 turns speculation off
@@ -44,11 +44,17 @@ class EngineSettings:
     disk_bytes: int = 16 << 30
 
     def __post_init__(self) -> None:
-        for name in ("memory_bytes", "max_batch", "max_waiting", "step_tokens", "disk_bytes"):
+        for name in ("memory_bytes", "max_batch", "step_tokens", "disk_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if self.max_drafts < 0:
-            raise ValueError(f"max_drafts must be 0 or more, got {self.max_drafts}")
+        for name in ("max_waiting", "max_drafts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+
+    @property
+    def places(self) -> int:
+        """How many requests there can be, in the batch and in the queue."""
+        return self.max_batch + self.max_waiting
 
 
 @dataclass(kw_only=True)
@@ -129,7 +135,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Raises ValueError for what could never be answered, and QueueFull."""
         generation = self.prepare(request)
-        if len(self._scheduler.waiting) >= self.settings.max_waiting:
+        if len(self._generations) >= self.settings.places:
             raise QueueFull(self.retry_after)
         self.start(generation)
 
@@ -272,6 +278,7 @@ class Engine:
             right += 1
         generation.note_drafts(len(drafts), right)
         generation.finish = verdict.finish
+        by_token = isinstance(verdict.stopped_by, int)
         self._updates.append(
             Update(
                 request_id=generation.request.id,
@@ -282,6 +289,7 @@ class Engine:
                 usage=generation.usage,
                 finish=verdict.finish,
                 stopped_by=verdict.stopped_by,
+                stop_logprobs=generation.logprobs[-1] if by_token and generation.logprobs else (),
             )
         )
         return right

@@ -52,8 +52,8 @@ class EngineLoop:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._inbox: queue.SimpleQueue[Generation | int | None] = queue.SimpleQueue()  # to add, to cancel; None wakes
-        self._streams: dict[int, UpdateStream] = {}
-        self._arriving: set[int] = set()  # requests on their way to the engine's queue, each with a place in it
+        self._streams: dict[int, UpdateStream] = {}  # of all requests that have a place
+        self._arriving: set[int] = set()  # those of them that are on their way to the engine
         self._closed = threading.Event()  # takes no more requests
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -61,26 +61,26 @@ class EngineLoop:
     async def submit(self, request: Request) -> AsyncGenerator[Update, None]:
         """Its updates. Raises QueueFull, and ValueError for what could never be answered."""
         self._engine.check(request)
-        self._take_place(request.id)
+        stream = self._take_place(request.id)
         try:
             generation = await asyncio.to_thread(self._engine.prepare, request)
         except BaseException:
+            self._streams.pop(request.id, None)
             self._arriving.discard(request.id)
             self._inbox.put(None)  # the thread may wait for it
             raise
-        stream = UpdateStream(self, request.id)
-        self._streams[request.id] = stream
         self._inbox.put(generation)
         return stream
 
-    def _take_place(self, request_id: int) -> None:
-        """In the queue, before anything is awaited: so the engine has room for all that come at once."""
-        if request_id in self._streams or request_id in self._arriving:
+    def _take_place(self, request_id: int) -> UpdateStream:
+        """In the batch or the queue, before anything is awaited: so the engine has room for all that come at once."""
+        if request_id in self._streams:
             raise ValueError(f"request {request_id} is under way: another needs another id")
-        waiting = len(self._arriving) + self._engine.stats().waiting
-        if self._closed.is_set() or waiting >= self._engine.settings.max_waiting:
+        if self._closed.is_set() or len(self._streams) >= self._engine.settings.places:
             raise QueueFull(self._engine.retry_after)
+        self._streams[request_id] = stream = UpdateStream(self, request_id)
         self._arriving.add(request_id)
+        return stream
 
     def cancel(self, request_id: int) -> None:
         """Within a step; what is unknown or has ended is ignored."""

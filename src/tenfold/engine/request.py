@@ -58,4 +58,5 @@ class Update:
     usage: Usage = Usage()
     finish: FinishReason | None = None
     stopped_by: str | int | None = None  # the stop string or the stop token
+    stop_logprobs: Sequence[TokenLogprob] = ()  # of that stop token, as those of the others
     error: str | None = None  # one line, where finish is "error"

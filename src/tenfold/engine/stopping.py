@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -103,12 +103,7 @@ class Stopping:
         """How many characters at the end may be the beginning of a stop string."""
         if self._count < self._min_tokens:
             return 0
-        longest = min(len(self._held), max((len(s) for s in self._strings), default=1) - 1)
-        for length in range(longest, 0, -1):
-            end = self._held[-length:]
-            if any(len(s) > length and s.startswith(end) for s in self._strings):
-                return length
-        return 0
+        return held_back(self._held, self._strings)
 
     def _tell(self, length: int) -> Verdict:
         """Lets out so much of the held text, and the tokens that begin in it."""
@@ -118,3 +113,14 @@ class Stopping:
         while self._waiting and (self._waiting[0][1] < self._told or not self._held):
             tokens.append(self._waiting.popleft()[0])
         return Verdict(tokens=tokens, text=text)
+
+
+def held_back(text: str, strings: Iterable[str]) -> int:
+    """How many of the last characters may be the beginning of one of these strings."""
+    longest = 0
+    for string in strings:
+        for size in range(min(len(string) - 1, len(text)), longest, -1):
+            if text.endswith(string[:size]):
+                longest = size
+                break
+    return longest

@@ -171,12 +171,12 @@ class MessageAnswer:
                 for part in step.parts:
                     list(self._blocks.push(part))
         content = [_block(block, whole=True) for block in self._blocks.all]
-        return {**self._head, "content": content, **self._end(), "usage": self._usage(self._last.update.usage)}
+        return {**self._head, "content": content, **self._end(), **self._whole_usage()}
 
     async def events(self) -> AsyncIterator[str]:
-        prompt = Usage(prompt_tokens=len(self._generation.prompt_ids[0]))
-        begin = {**self._head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": self._usage(prompt)}
-        yield _named({"type": "message_start", "message": begin})
+        self._last = Step(choice=0, update=Update(request_id=-1, usage=Usage(len(self._generation.prompt_ids[0]))))
+        begin = {"content": [], **_stopped(None), **self._whole_usage()}
+        yield _named({"type": "message_start", "message": self._head | begin})
         async for step in self._generation.steps():
             if step is None:
                 yield _named({"type": "ping"})
@@ -186,38 +186,51 @@ class MessageAnswer:
                 yield _block_event(happened)
         for happened in self._blocks.finish():
             yield _block_event(happened)
-        yield _named({"type": "message_delta", "delta": self._end(), "usage": self._usage(self._last.update.usage)})
+        yield _named({"type": "message_delta", "delta": self._end(), "usage": self._usage()})
         yield _named({"type": "message_stop"})
 
     def _end(self) -> dict[str, Any]:
         stop = self._last.update.stopped_by
         if self._last.update.finish == "length":
-            return {"stop_reason": "max_tokens", "stop_sequence": None}
+            return _stopped("max_tokens")
         if isinstance(stop, str) and stop in self._stops:
-            return {"stop_reason": "stop_sequence", "stop_sequence": stop}
-        return {"stop_reason": "tool_use" if self._blocks.calls() else "end_turn", "stop_sequence": None}
+            return _stopped("stop_sequence", stop)
+        return _stopped("tool_use" if self._blocks.calls() else "end_turn")
 
-    def _usage(self, usage: Usage) -> dict[str, Any]:
+    def _usage(self) -> dict[str, Any]:
         """Input tokens are those that were computed, as Anthropic counts them."""
+        usage = self._last.update.usage
         return {
             "input_tokens": usage.prompt_tokens - usage.cached_tokens,
             "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"thinking_tokens": self._last.reasoning_tokens},
             "cache_read_input_tokens": usage.cached_tokens,
             "cache_creation_input_tokens": 0,
+            "server_tool_use": None,
         }
+
+    def _whole_usage(self) -> dict[str, Any]:
+        """With what the last event of a stream leaves out."""
+        where = {"cache_creation": None, "service_tier": "standard", "inference_geo": None}
+        return {"usage": self._usage() | where, "container": None}
+
+
+def _stopped(reason: str | None, sequence: str | None = None) -> dict[str, Any]:
+    return {"stop_reason": reason, "stop_sequence": sequence, "stop_details": None}
 
 
 def _block(block: Block, whole: bool) -> dict[str, Any]:
     text = block.text if whole else ""
     if block.kind == "text":
-        return {"type": "text", "text": text}
+        return {"type": "text", "text": text, "citations": None}
     if block.kind == "reasoning":
         return {"type": "thinking", "thinking": text, "signature": SIGNATURE if whole else ""}
     try:
         given = json.loads(text or "{}")
     except ValueError:
         given = None  # cut off by the limit of tokens
-    return {"type": "tool_use", "id": block.id, "name": block.name, "input": given if isinstance(given, dict) else {}}
+    named = {"type": "tool_use", "id": block.id, "name": block.name, "caller": {"type": "direct"}}
+    return named | {"input": given if isinstance(given, dict) else {}}
 
 
 def _block_event(happened: BlockEvent) -> str:

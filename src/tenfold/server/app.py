@@ -15,6 +15,7 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from tenfold import __version__
@@ -73,8 +74,9 @@ def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> Fast
     app.add_exception_handler(RequestValidationError, _misread)
     callers = None if settings.api_keys is None else Callers(settings.api_keys)
     app.add_middleware(Gate, settings=settings, callers=callers, metrics=metrics, public=PROBES | _page_paths())
-    if PAGE.is_dir():
-        app.mount("/", StaticFiles(directory=PAGE, html=True))
+    files = StaticFiles(directory=PAGE, html=True)
+    for path in _page_paths():  # one by one: a mount at "/" would answer for every path and method that has no route
+        app.router.routes.append(Route(path, files, methods=["GET"]))
     return app
 
 
@@ -88,7 +90,7 @@ async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code in (404, 405) and not isinstance(error, ApiError):
         message = f"{request.method} {request.url.path[:100]} is not served here; /openapi.json lists what is"
-        error = ApiError(error.status_code, message)
+        error = ApiError(error.status_code, message, headers=error.headers)
     return error_response(error, request.scope)
 
 

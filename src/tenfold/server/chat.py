@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tenfold.engine.reasoning import begins_in_reasoning
 from tenfold.server.errors import ApiError, invalid
 from tenfold.server.parts import PlainReader, Reader
-from tenfold.server.reasoning import ReasoningReader, begins_in_reasoning
+from tenfold.server.reasoning import ReasoningReader
 from tenfold.server.tools import Format, ToolReader, tool_format
 from tenfold.tokenizer import TURN_START, Tokenizer, slices
 

@@ -19,7 +19,7 @@ ANTHROPIC_TYPES |= {504: "timeout_error"}
 class ApiError(HTTPException):
     """A request that is not answered: what came, what was expected, what to do, in one line.
 
-    param: the field that is at fault. code: a word for programs. retry_after: seconds.
+    param: the field that is at fault. code: a word for programs. retry_after: seconds. headers: more of them.
     """
 
     def __init__(
@@ -30,9 +30,10 @@ class ApiError(HTTPException):
         param: str | None = None,
         code: str | None = None,
         retry_after: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        headers = None if retry_after is None else {"retry-after": str(max(1, ceil(retry_after)))}
-        super().__init__(status, " ".join(message.split()), headers)
+        wait = {} if retry_after is None else {"retry-after": str(max(1, ceil(retry_after)))}
+        super().__init__(status, " ".join(message.split()), {**wait, **(headers or {})})
         self.param, self.code = param, code
 
 

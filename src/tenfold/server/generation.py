@@ -56,6 +56,7 @@ class Generation:
     def __init__(self, home: Generations, asked: Sequence[Asked], caller: Caller | None) -> None:
         self.streams: list[AsyncGenerator[Update, None]] = []
         self.prompt_ids = [one.prompt_ids for one in asked]
+        self.params = [one.params for one in asked]
         self.usages = [Usage() for _ in asked]
         self.reasoning_tokens = [0] * len(asked)
         self._ended: set[int] = set()

@@ -272,6 +272,7 @@ class ChatAnswer:
             "role": "assistant",
             "content": self._blocks.text("text") or (None if calls else ""),
             "refusal": None,
+            "annotations": [],
         }
         if reasoning := self._blocks.text("reasoning"):
             message["reasoning_content"] = reasoning

@@ -104,8 +104,11 @@ class Logprobs:
             self._add(token, ranks)
 
     def answer(self, step: Step) -> None:
+        """A stop token is in the lists, though not in the text: harnesses count on one entry for each token drawn."""
         for token, ranks in zip(step.update.tokens, step.update.logprobs, strict=True):
             self._add(token, ranks)
+        if stop := step.update.stop_logprobs:
+            self._add(stop[0].token, stop)
 
     def _add(self, token: int, ranked: Ranked | None) -> None:
         text = self._name(token)

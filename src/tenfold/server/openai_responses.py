@@ -10,6 +10,7 @@ from uuid import uuid4
 from pydantic import Field
 
 from tenfold.engine.request import Update, Usage
+from tenfold.engine.sampler import SamplingParams
 from tenfold.engine.structure import Structure
 from tenfold.server.chat import Conversation
 from tenfold.server.errors import ApiError, invalid
@@ -152,12 +153,13 @@ class ResponseAnswer:
     """A response as it grows, whole or as a stream."""
 
     def __init__(self, request: ResponsesRequest, generation: Generation) -> None:
-        self._request, self._generation = request, generation
+        self._generation = generation
         self._blocks = Blocks()
         self._ids: dict[int, str] = {}
         self._last = Step(choice=0, update=Update(request_id=-1))
         self._sequence = 0
         self._id, self._created = f"resp_{uuid4().hex}", int(time.time())
+        self._asked = _asked(request, generation.params[0])
 
     async def whole(self) -> dict[str, Any]:
         async for step in self._generation.steps():
@@ -235,37 +237,62 @@ class ResponseAnswer:
         return {"id": item_id, "type": "message", "role": "assistant", "status": status, "content": content}
 
     def _response(self, status: str | None = None) -> dict[str, Any]:
-        request, cut = self._request, self._last.update.finish == "length"
+        cut = self._last.update.finish == "length"
         status = status or ("incomplete" if cut else "completed")
         finished = status in ("completed", "incomplete")
         return {
             "id": self._id,
             "object": "response",
             "created_at": self._created,
+            "completed_at": int(time.time()) if status == "completed" else None,
             "status": status,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if finished and cut else None,
-            "instructions": request.instructions,
-            "max_output_tokens": request.max_output_tokens,
-            "metadata": request.metadata or {},
-            "model": request.model,
             "output": [self._item(block, "completed") for block in self._blocks.all] if finished else [],
-            "parallel_tool_calls": request.parallel_tool_calls is not False,
-            "previous_response_id": None,
-            "store": False,
-            "temperature": request.temperature,
-            "text": {"format": {"type": "text"}},
-            "tool_choice": "auto" if request.tool_choice is None else request.model_dump()["tool_choice"],
-            "tools": [{"strict": False, **tool.model_dump()} for tool in request.tools or ()],
-            "top_p": request.top_p,
-            "truncation": "disabled",
             "usage": _usage(self._last.update.usage, self._last.reasoning_tokens) if finished else None,
+            **self._asked,
         }
 
     def _event(self, kind: str, fields: dict[str, Any]) -> str:
         data = {"type": kind, "sequence_number": self._sequence, **fields}
         self._sequence += 1
         return event(data, kind)
+
+
+def _asked(request: ResponsesRequest, params: SamplingParams) -> dict[str, Any]:
+    """What a response repeats of its request, with what was not said there; the rest is never otherwise here."""
+    return {
+        "model": request.model,
+        "instructions": request.instructions,
+        "max_output_tokens": request.max_output_tokens,
+        "metadata": request.metadata or {},
+        "parallel_tool_calls": request.parallel_tool_calls is not False,
+        "reasoning": {"effort": request.reasoning.effort if request.reasoning else None, "summary": None},
+        "temperature": params.temperature,
+        "text": {"format": _format(request.text.format if request.text else None)},
+        "tool_choice": "auto" if request.tool_choice is None else request.model_dump()["tool_choice"],
+        "tools": [_tool(tool) for tool in request.tools or ()],
+        "top_p": params.top_p,
+        "background": False,
+        "frequency_penalty": 0.0,
+        "max_tool_calls": None,
+        "presence_penalty": 0.0,
+        "previous_response_id": None,
+        "prompt_cache_key": None,
+        "safety_identifier": None,
+        "service_tier": "default",
+        "store": False,
+        "top_logprobs": 0,
+        "truncation": "disabled",
+    }
+
+
+def _format(form: TextFormat | None) -> dict[str, Any]:
+    return {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)
+
+
+def _tool(tool: ResponsesTool) -> dict[str, Any]:
+    return {**tool.model_dump(), "strict": False}
 
 
 _STREAMS = {"text": "output_text", "reasoning": "reasoning_text", "call": "function_call_arguments"}
@@ -278,7 +305,7 @@ def _text_part(text: str) -> dict[str, Any]:
 def _usage(usage: Usage, reasoning_tokens: int) -> dict[str, Any]:
     return {
         "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": reasoning_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,

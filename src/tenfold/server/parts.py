@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 from uuid import uuid4
@@ -59,17 +59,6 @@ class PlainReader:
 
 def call_id() -> str:
     return f"call_{uuid4().hex[:24]}"
-
-
-def held_back(text: str, tags: Iterable[str]) -> int:
-    """How many of the last characters may be the beginning of a tag."""
-    longest = 0
-    for tag in tags:
-        for size in range(min(len(tag) - 1, len(text)), longest, -1):
-            if text.endswith(tag[:size]):
-                longest = size
-                break
-    return longest
 
 
 @dataclass

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from tenfold.engine.reasoning import CLOSE as THOUGHT_END
 from tenfold.engine.structure import Structure
 from tenfold.server.errors import invalid
-from tenfold.server.reasoning import CLOSE as THOUGHT_END
 from tenfold.server.tools import CLOSE, OPEN, Format, is_string
 
 Tool = Mapping[str, Any]

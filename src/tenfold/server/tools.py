@@ -19,7 +19,8 @@ from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any, Literal, Protocol
 
-from tenfold.server.parts import CallArguments, CallStart, Part, Text, call_id, held_back
+from tenfold.engine.stopping import held_back
+from tenfold.server.parts import CallArguments, CallStart, Part, Text, call_id
 
 Format = Literal["hermes", "xml"]
 Schemas = Mapping[str, Mapping[str, Any]]  # of the parameters, by the name of the tool
