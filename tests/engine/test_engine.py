@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tenfold.engine.budget import Budget, divide
-from tenfold.engine.cache_manager import common_prefix, snapshot_points
+from tenfold.engine.cache_manager import Claim, common_prefix, snapshot_points
 from tenfold.engine.engine import Engine, EngineSettings, QueueFull
 from tenfold.engine.request import Request, Update
 from tenfold.engine.sampler import SamplingParams
@@ -186,6 +186,25 @@ def test_the_latest_gives_way_and_loses_nothing() -> None:
     for one in requests:
         assert tokens_of(updates[one.id]) == answer(one, VOCAB, 80, None)[0]
     assert engine.stats().preempted > 0
+
+
+def test_cached_is_what_was_never_computed_however_often_a_request_starts() -> None:
+    """One that gives way before it has computed anything may find more in the cache the next time."""
+    generation = start().prepare(request(range(1, 11)))
+
+    def begin(length: int) -> int:
+        generation.start(Claim(length=length, pages=[], slot=0, hidden=None), points=[])
+        return generation.usage.cached_tokens
+
+    def park() -> int:
+        generation.stop_holding()
+        return generation.usage.cached_tokens
+
+    assert (begin(4), park(), begin(6)) == (4, 0, 6)
+    generation.advance(torch.zeros(2, 8))
+    assert (park(), begin(8), park(), begin(2), park(), begin(8)) == (0, 6, 0, 2, 0, 6)
+    generation.advance(torch.zeros(4, 8))
+    assert generation.usage.cached_tokens == 6
 
 
 def test_a_full_queue_says_when_to_come_again() -> None:
