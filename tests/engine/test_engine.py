@@ -382,6 +382,17 @@ def test_memory_is_divided_and_too_little_of_it_refused() -> None:
     assert divide(model, 10**9, max_batch=4, max_drafts=3) == Budget(pages=500 * 1024, slots=1024)
 
 
+def test_with_a_disk_its_records_are_part_of_the_memory() -> None:
+    model = FakeModel(state_bytes=3200, context=2000, page_tokens=4)
+    record, least = 3200 + 96 + 4 * 8, 256 * 96 + 3200
+    with pytest.raises(ValueError, match="is too little"):
+        divide(model, least + 2 * record - 1, max_batch=4, max_drafts=3, disk=True)
+    for memory in (least + 2 * record, 100_000, 1_000_000, 10**8):
+        budget = divide(model, memory, max_batch=4, max_drafts=3, disk=True)
+        assert 2 * record <= budget.disk_buffer <= 2 * record + memory // 8
+        assert budget.pages * 96 + budget.slots * 3200 + budget.disk_buffer <= memory
+
+
 def test_settings_that_make_no_sense() -> None:
     with pytest.raises(ValueError, match="step_tokens must be 1 or more, got 0"):
         EngineSettings(step_tokens=0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tenfold.engine.cache_manager import Claim
+from tenfold.engine.disk_cache import Stored
 from tenfold.engine.request import FinishReason, Request, TokenLogprob, Usage
 from tenfold.engine.sampler import Sampler
 from tenfold.engine.step_cost import DraftLength
@@ -38,6 +39,7 @@ class Generation:
     drafted: int = 0
     accepted: int = 0
     finish: FinishReason | None = None
+    stored: list[Stored] | None = None  # what the disk has of it that was not tried, once that was looked up
     # what it holds while it runs
     pages: list[int] = field(default_factory=list)
     slot: int = -1
@@ -109,6 +111,7 @@ class Generation:
 
     def start(self, claim: Claim, points: list[int]) -> None:
         """Goes on from what the cache has."""
+        self.stored = None
         self.pages, self.slot, self.computed = claim.pages, claim.slot, claim.length
         self.hidden = claim.hidden
         self.undrafted = [claim.hidden[None]] if claim.hidden is not None and self.drafts_follow else []
