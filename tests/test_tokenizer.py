@@ -55,7 +55,8 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return request.getfixturevalue(request.param)
 
 
-any_text = st.one_of(st.text(), st.lists(st.sampled_from([*TEXTS, "\n", "a", "e\u0301"])).map("".join))
+PIECES = [*TEXTS, "\n", "a", "e\u0301", " ", ",", "、", "か", "\u3099", "\u3000", "_", "'s", "5"]
+any_text = st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join))
 
 
 @settings(max_examples=200)
@@ -88,6 +89,11 @@ def test_slices_have_the_tokens_of_the_whole(qwen: Tokenizer, text: str, size: i
     parts = list(slices(text, size))
     assert "".join(parts) == text
     assert [i for part in parts for i in qwen.encode(part, False)] == qwen.encode(text, False)
+
+
+@pytest.mark.parametrize("text", ["word " * 100, "字、" * 200, "one\n" * 100])
+def test_a_text_of_short_words_has_short_slices(text: str) -> None:
+    assert max(map(len, slices(text, 50))) <= 55
 
 
 def test_special_tokens_in_a_text_can_be_mere_text(tokenizer: Tokenizer) -> None:

@@ -29,7 +29,9 @@ PATTERN = (
 )
 SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 SLICE = 1 << 16  # characters; long texts are worked off in slices of about this size
-CUT = re.compile(r"\n(?=\w)")  # where PATTERN ends a match whatever stands around
+CUT = re.compile(  # where PATTERN ends a match whatever stands around
+    r"\n(?=\w)|(?<=\S)(?= )|(?<=[^\W_])(?=[,;\u3000-\u3002\uff01\uff0c\uff1a\uff1b\uff1f])"
+)
 
 
 class Tokenizer:
@@ -229,9 +231,10 @@ class StreamDecoder:
 def slices(text: str, size: int = SLICE) -> Iterator[str]:
     """Cuts a text into parts of at least `size` characters whose tokens, joined, are the tokens of the whole.
 
-    Cuts fall between a line break and a letter or digit. PATTERN never matches across such a place."""
+    Cuts fall between a line break and a letter or digit, before a space, and between a word and some punctuation, for
+    Chinese has no spaces. PATTERN never matches across such a place. Without any, a part is as long as the text."""
     begin = 0
-    while match := CUT.search(text, begin + size):
+    while match := CUT.search(text, begin + max(size, 1)):
         yield text[begin : match.end()]
         begin = match.end()
     if begin < len(text):

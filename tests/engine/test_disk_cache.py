@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
 from random import Random
+from unittest.mock import Mock
 
 import hypothesis.strategies as st
 import pytest
@@ -25,11 +27,17 @@ FORK = multiprocessing.get_context("fork")  # the child has torch already
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
 
-def start(folder: Path, state_bytes: int = 64, limit: int = 1 << 20, slots: int = 6, fingerprint: str = "a") -> Engine:
+def start(
+    folder: Path,
+    state_bytes: int = 64,
+    limit: int = 1 << 20,
+    slots: int = 6,
+    fingerprint: str = "a",
+    buffer: int = 1 << 20,
+) -> Engine:
     model = FakeModel(state_bytes=state_bytes, vocab_size=VOCAB, context=CONTEXT, fingerprint=fingerprint)
-    return Engine(
-        model, EngineSettings(max_batch=2, disk=folder, disk_bytes=limit), budget=Budget(pages=100, slots=slots)
-    )
+    knobs = EngineSettings(max_batch=2, disk=folder, disk_bytes=limit)
+    return Engine(model, knobs, budget=Budget(pages=100, slots=slots, disk_buffer=buffer))
 
 
 def prompts(random: Random, count: int) -> list[Request]:
@@ -80,6 +88,60 @@ def test_isolation_holds_on_disk(tmp_path: Path) -> None:
         again = request(range(1, 24), isolation=isolation)
         assert run(engine, [again])[again.id][-1].usage.cached_tokens == cached
     engine.close()
+
+
+def test_the_others_go_on_while_the_disk_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, other = request(range(1, 24)), request([9] * 5, max_tokens=20)
+    engine = start(tmp_path)
+    check(engine, [asked])
+    engine.close()
+    engine, may_read, read = start(tmp_path), threading.Event(), DiskStore.read
+    monkeypatch.setattr(DiskStore, "read", lambda *args: read(*args) if may_read.wait(60) else None)
+    again = request(range(1, 24))
+    for one in (again, other):
+        engine.add(one)
+    updates = [update for _ in range(60) for update in engine.step()]
+    engine.check_integrity()
+    assert {update.request_id for update in updates} == {other.id} and updates[-1].finish, "it was second"
+    may_read.set()
+    while engine.has_work:
+        updates += engine.step()
+    updates = [update for update in updates if update.request_id == again.id]
+    assert tokens_of(updates) == answer(again, VOCAB, engine.context, 0)[0]
+    assert updates[-1].usage.cached_tokens == 23
+    engine.close()
+
+
+@pytest.mark.parametrize("fault", [MemoryError("too little"), RuntimeError("the model broke")])
+def test_a_read_that_fails_is_no_fault_of_the_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    engine = start(tmp_path)
+    check(engine, [request(range(1, 24))])
+    engine.close()
+    engine = start(tmp_path)
+    monkeypatch.setattr(engine.model, "write_page", Mock(side_effect=fault))
+    assert check(engine, [request(range(1, 24))]) == 0
+    assert engine.stats().pages_held == engine.stats().slots_held == 0
+    engine.close()
+
+
+def test_what_waits_for_the_disk_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its share of the memory, however slow the disk is; answers don't wait for it."""
+    may_write, write = threading.Event(), DiskStore._write
+    monkeypatch.setattr(DiskStore, "_write", lambda *args: write(*args) if may_write.wait() else None)
+    engine = start(tmp_path, state_bytes=20_000, slots=40, buffer=100_000)
+    store, held = engine._disk._store, []  # pyright: ignore[reportOptionalMemberAccess]
+    for one in prompts(Random(3), 10):
+        engine.add(one)
+        for _ in range(40):
+            engine.step()
+            held.append(store.waiting_bytes)
+    assert 60_000 < max(held) <= 80_000, "all but the room for a record that is read"
+    assert engine.stats().finished == 10
+    may_write.set()
+    engine.close()
+    assert len([*tmp_path.glob("*/*-*")]) > 10, "every snapshot is there"
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

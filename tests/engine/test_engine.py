@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tenfold.engine.budget import Budget, divide
-from tenfold.engine.cache_manager import common_prefix, snapshot_points
+from tenfold.engine.cache_manager import Claim, common_prefix, snapshot_points
 from tenfold.engine.engine import Engine, EngineSettings, QueueFull
 from tenfold.engine.request import Request, Update
 from tenfold.engine.sampler import SamplingParams
@@ -187,6 +187,25 @@ def test_the_latest_gives_way_and_loses_nothing() -> None:
     for one in requests:
         assert tokens_of(updates[one.id]) == answer(one, VOCAB, 80, None)[0]
     assert engine.stats().preempted > 0
+
+
+def test_cached_is_what_was_never_computed_however_often_a_request_starts() -> None:
+    """One that gives way before it has computed anything may find more in the cache the next time."""
+    generation = start().prepare(request(range(1, 11)))
+
+    def begin(length: int) -> int:
+        generation.start(Claim(length=length, pages=[], slot=0, hidden=None), points=[])
+        return generation.usage.cached_tokens
+
+    def park() -> int:
+        generation.stop_holding()
+        return generation.usage.cached_tokens
+
+    assert (begin(4), park(), begin(6)) == (4, 0, 6)
+    generation.advance(torch.zeros(2, 8))
+    assert (park(), begin(8), park(), begin(2), park(), begin(8)) == (0, 6, 0, 2, 0, 6)
+    generation.advance(torch.zeros(4, 8))
+    assert generation.usage.cached_tokens == 6
 
 
 def test_a_full_queue_says_when_to_come_again() -> None:
@@ -377,6 +396,17 @@ def test_memory_is_divided_and_too_little_of_it_refused() -> None:
         assert budget.pages * 96 + budget.slots * 3200 <= memory
         assert budget.slots >= min(8, (memory - 256 * 96) // 3200)
     assert divide(model, 10**9, max_batch=4, max_drafts=3) == Budget(pages=500 * 1024, slots=1024)
+
+
+def test_with_a_disk_its_records_are_part_of_the_memory() -> None:
+    model = FakeModel(state_bytes=3200, context=2000, page_tokens=4)
+    record, least = 3200 + 96 + 4 * 8, 256 * 96 + 3200
+    with pytest.raises(ValueError, match="is too little"):
+        divide(model, least + 2 * record - 1, max_batch=4, max_drafts=3, disk=True)
+    for memory in (least + 2 * record, 100_000, 1_000_000, 10**8):
+        budget = divide(model, memory, max_batch=4, max_drafts=3, disk=True)
+        assert 2 * record <= budget.disk_buffer <= 2 * record + memory // 8
+        assert budget.pages * 96 + budget.slots * 3200 + budget.disk_buffer <= memory
 
 
 def test_settings_that_make_no_sense() -> None:

@@ -93,7 +93,7 @@ class World:
             max_batch=max_batch, max_waiting=6, step_tokens=step_tokens, max_drafts=max_drafts, disk=self.folder
         )
         pages = -(-CONTEXT // self.page_tokens) + more_pages
-        self.engine = Engine(self.model, knobs, budget=Budget(pages=pages, slots=slots))
+        self.engine = Engine(self.model, knobs, budget=Budget(pages=pages, slots=slots, disk_buffer=1 << 20))
         self.engine._costs.seconds = lambda tokens: 1 + 0.1 * tokens  # so that the clock decides nothing
         self.engine._costs.observe_draft = lambda seconds: None
         self.model.watch(self.engine)

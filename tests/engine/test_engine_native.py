@@ -120,7 +120,7 @@ class Knobs:
         chosen = EngineSettings(
             step_tokens=self.step_tokens, max_batch=self.max_batch, max_drafts=self.max_drafts, disk=disk
         )
-        return Engine(model, chosen, budget=Budget(pages=self.pages, slots=self.slots))
+        return Engine(model, chosen, budget=Budget(pages=self.pages, slots=self.slots, disk_buffer=1 << 22))
 
 
 def request(prompt: Sequence[int], max_tokens: int = 24, temperature: float = 0.0, seed: int = 0) -> Request:

@@ -93,3 +93,8 @@ def test_a_prompt_is_read_no_further_than_the_context(tokenizer: Tokenizer) -> N
     assert encode(tokenizer, text, 100_000) == tokenizer.encode(text)
     with pytest.raises(ApiError, match="context has room for 10"):
         encode(tokenizer, text, 10)
+
+
+def test_a_text_that_cannot_be_cut_is_refused_before_it_takes_the_memory(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ApiError, match="a word of about 1000000 characters, at most 262144"):
+        encode(tokenizer, "a" * 1_000_000, 1_000_000)

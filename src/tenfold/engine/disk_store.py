@@ -22,7 +22,6 @@ MAGIC = b"tenfold cache 1\n"
 DIGEST = 32  # bytes
 TEMPORARY = ".part"
 STALE = 600.0  # seconds after which an unfinished file has no writer any more
-IN_FLIGHT = 256 << 20  # bytes that wait to be written, at most
 logger = logging.getLogger(__name__)
 
 
@@ -36,9 +35,10 @@ class DiskStore:
         self.names: set[str] = set()
         self.used_bytes = 0
         self._scanned = -1
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what the threads share
         self._waiting: queue.SimpleQueue[tuple[str, Sequence[Buffer]] | None] = queue.SimpleQueue()
-        self._in_flight: dict[str, int] = {}
+        self._in_flight: set[str] = set()
+        self.waiting_bytes = 0  # handed over and not written yet
         self.refresh()
         self._measure()
         self._writer = threading.Thread(target=self._write_all, name="prefix cache", daemon=True)
@@ -48,7 +48,7 @@ class DiskStore:
 
     def refresh(self) -> bool:
         """Looks whether others have added or removed something."""
-        with suppress(OSError):
+        with suppress(OSError), self._lock:
             stamp = self._folder.stat().st_mtime_ns
             if stamp != self._scanned:
                 self._scanned = stamp
@@ -57,15 +57,17 @@ class DiskStore:
         return False
 
     def read(self, name: str, size: int) -> memoryview | None:
-        """A record of `size` bytes. One that is damaged is removed, and not there."""
+        """A record of `size` bytes, writable. One that is damaged is removed, and not there. May be called from any
+        thread."""
+        data = memoryview(bytearray(len(MAGIC) + DIGEST + size))
         try:
-            data = (self._folder / name).read_bytes()
+            with (self._folder / name).open("rb") as file:
+                whole = file.readinto(data) == len(data) and not file.read(1)
         except OSError:
             self.names.discard(name)
             return None
-        content = memoryview(data)[len(MAGIC) + DIGEST :]
-        digest = data[len(MAGIC) : len(MAGIC) + DIGEST]
-        if not data.startswith(MAGIC) or len(content) != size or digest != _digest(name, [content]):
+        head, content = data[: len(MAGIC) + DIGEST], data[len(MAGIC) + DIGEST :]
+        if not whole or head != MAGIC + _digest(name, [content]):
             logger.warning("%s is damaged, and removed", self._folder / name)
             self._remove(self._folder / name)
             return None
@@ -84,21 +86,12 @@ class DiskStore:
         """Whether it is there, or is about to be."""
         return name in self.names or name in self._in_flight
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether so much waits that nothing should be added for now."""
-        return sum(list(self._in_flight.values())) > IN_FLIGHT
-
     def write(self, name: str, parts: Sequence[Buffer]) -> None:
         """Soon, in a thread of its own, in the order of the calls."""
         with self._lock:
-            self._in_flight[name] = sum(map(len, parts))
+            self._in_flight.add(name)
+            self.waiting_bytes += sum(map(len, parts))
         self._waiting.put((name, parts))
-
-    def settle(self) -> None:
-        """Waits until little is in flight."""
-        while self.is_busy:
-            time.sleep(0.01)
 
     def close(self) -> None:
         """Waits until all is written."""
@@ -106,14 +99,23 @@ class DiskStore:
         self._writer.join()
 
     def _write_all(self) -> None:
-        while (item := self._waiting.get()) is not None:
-            name, parts = item
-            try:
-                self._write(name, parts)
-            except OSError as error:  # a full disk, above all: the cache is smaller then, nothing else
-                logger.warning("the prefix cache could not be written: %s", error)
-            with self._lock:
-                del self._in_flight[name]
+        while self._write_next():
+            pass
+
+    def _write_next(self) -> bool:
+        """False at the end. Nothing that was written is held until more comes."""
+        item = self._waiting.get()
+        if item is None:
+            return False
+        name, parts = item
+        try:
+            self._write(name, parts)
+        except OSError as error:  # a full disk, above all: the cache is smaller then, nothing else
+            logger.warning("the prefix cache could not be written: %s", error)
+        with self._lock:
+            self._in_flight.discard(name)
+            self.waiting_bytes -= sum(map(len, parts))
+        return True
 
     def _write(self, name: str, parts: Sequence[Buffer]) -> None:
         size = len(MAGIC) + DIGEST + sum(map(len, parts))
@@ -124,12 +126,13 @@ class DiskStore:
         try:
             with part.open("wb") as file:
                 file.writelines([MAGIC, _digest(name, parts), *parts])
-            part.replace(self._folder / name)
+            with self._lock:  # or a look at the folder at this moment would miss it
+                part.replace(self._folder / name)
+                self.names.add(name)
         except OSError:
             part.unlink(missing_ok=True)
             raise
         self.used_bytes += size
-        self.names.add(name)
 
     # ---- the budget
 

@@ -34,7 +34,7 @@ MOST_UNDRAFTED = 256  # hidden states that wait for the draft module while a req
 class EngineSettings:
     """The knobs of an engine. None of them changes a token."""
 
-    memory_bytes: int = 1 << 30  # of pages and slots, for running requests and the prefix cache
+    memory_bytes: int = 1 << 30  # for running requests and the prefix cache, with what is on its way to the disk
     max_batch: int = 8  # requests that run at once
     max_waiting: int = 256  # requests that wait beyond those; 0 refuses what cannot run at once
     step_tokens: int = 256  # of a step, at most
@@ -105,12 +105,14 @@ class Engine:
         self.model, self.settings = model, settings
         self._tokenizer = tokenizer
         self._structures = StructureCompiler(tokenizer) if tokenizer else None
-        self.budget = budget or divide(model, settings.memory_bytes, settings.max_batch, settings.max_drafts)
+        memory, disk = settings.memory_bytes, settings.disk
+        self.budget = budget or divide(model, memory, settings.max_batch, settings.max_drafts, disk is not None)
         self.context = self.budget.context(model)
         model.allocate(self.budget.pages, self.budget.slots)
         self._drafts = model.can_draft and settings.max_drafts > 0
         self._cache = PrefixCache(model, self.budget.pages, self.budget.slots, self._drafts)
-        self._disk = DiskCache(model, self._cache, settings.disk, settings.disk_bytes) if settings.disk else None
+        buffer = self.budget.disk_buffer
+        self._disk = DiskCache(model, self._cache, disk, settings.disk_bytes, buffer) if disk else None
         self._costs, self._acceptance = StepCost(), Acceptance()
         self._speculator = Speculator(model, self._cache, self._costs, settings.max_drafts)
         self._scheduler = Scheduler(self._cache, settings.max_batch, self._find, self._park)
@@ -206,8 +208,12 @@ class Engine:
         return updates
 
     def _run(self) -> None:
+        if self._disk:
+            self._disk.receive()
         work = self._scheduler.plan(self._step_tokens())
         if not work:
+            if self._disk:
+                self._disk.wait()
             return
         self._stats.steps += 1
         self._speculator.draft(work)
@@ -325,16 +331,26 @@ class Engine:
 
     # ---- memory
 
-    def _find(self, generation: Generation) -> Match:
-        """What the cache has of it, after a look at the disk for more."""
+    def _find(self, generation: Generation) -> Match | None:
+        """What the cache has of it; None while more is read from the disk, one request after the other."""
         if not generation.reads_cache:
             return Match(path=[], snapshot=None, common=0)
+        match = self._cache.match(generation.request.isolation, generation.tokens)
+        return None if self._disk and self._reads(self._disk, generation, match) else match
+
+    def _reads(self, disk: DiskCache, generation: Generation, match: Match) -> bool:
+        """Whether it waits for the disk, which has more of it than the memory, where there is room."""
         isolation, tokens = generation.request.isolation, generation.tokens
-        match = self._cache.match(isolation, tokens)
-        if self._disk is None:
-            return match
-        self._disk.recall(isolation, tokens, match.length)
-        return self._cache.match(isolation, tokens)  # even a vain try may have evicted something
+        if generation.stored is None:
+            generation.stored = disk.find(isolation, tokens)
+        least = match.length + self.model.page_tokens
+        generation.stored = [stored for stored in generation.stored if stored.length >= least]
+        running = len(self._scheduler.running)
+        if not generation.stored or not self._cache.can_start(match, len(tokens), spare_pages=running):
+            return False
+        if disk.reading is None:
+            disk.read(isolation, tokens, generation.stored.pop(0))
+        return True
 
     def _park(self, generation: Generation) -> None:
         self._stats.preempted += 1
@@ -434,8 +450,9 @@ class Engine:
         for generation in running:
             assert 0 <= generation.computed <= len(generation.tokens) <= generation.last_token
             assert not generation.saves and not generation.drafts
-        pages = [page for generation in running for page in generation.pages]
-        self._cache.check_integrity(pages, [generation.slot for generation in running])
+        holders = [*running, *([self._disk.reading] if self._disk and self._disk.reading else [])]
+        pages = [page for holder in holders for page in holder.pages]
+        self._cache.check_integrity(pages, [holder.slot for holder in holders])
 
     def close(self) -> None:
         """Cancels what is left, and waits for the disk."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tenfold.engine.cache_manager import Claim
+from tenfold.engine.disk_cache import Stored
 from tenfold.engine.request import FinishReason, Request, TokenLogprob, Usage
 from tenfold.engine.sampler import Sampler
 from tenfold.engine.step_cost import DraftLength
@@ -32,12 +33,13 @@ class Generation:
     tokens: list[int] = field(init=False)
     answer: list[int] = field(default_factory=list)
     arrival: int = 0
-    cached: int | None = None  # of the prompt, known once it has started
+    first_computed: int = field(init=False)  # the first of the prompt's tokens that ever was, or how many there are
     logprobs: list[list[TokenLogprob]] = field(default_factory=list)  # of tokens that are not told yet
     prompt_logprobs: list[list[TokenLogprob]] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
     finish: FinishReason | None = None
+    stored: list[Stored] | None = None  # what the disk has of it that was not tried, once that was looked up
     # what it holds while it runs
     pages: list[int] = field(default_factory=list)
     slot: int = -1
@@ -52,6 +54,7 @@ class Generation:
     def __post_init__(self) -> None:
         self.logprobs_wanted = self.request.params.prompt_logprobs is not None
         self.tokens = list(self.request.prompt_ids)
+        self.first_computed = self.prompt_tokens
 
     @property
     def prompt_tokens(self) -> int:
@@ -92,19 +95,23 @@ class Generation:
         return bool(self.points) and self.points[0] == self.computed
 
     @property
+    def cached(self) -> int:
+        """Tokens of the prompt that were never computed for this request; none while it waits."""
+        return min(self.first_computed, self.computed)
+
+    @property
     def usage(self) -> Usage:
         return Usage(
             prompt_tokens=self.prompt_tokens,
-            cached_tokens=self.cached or 0,
+            cached_tokens=self.cached,
             completion_tokens=len(self.tokens) - self.prompt_tokens,
             drafted_tokens=self.drafted,
             accepted_tokens=self.accepted,
         )
 
     def start(self, claim: Claim, points: list[int]) -> None:
-        """Goes on from what the cache has; `cached` counts what was never computed for this request."""
-        hit = min(claim.length, self.prompt_tokens)
-        self.cached = hit if self.cached is None else min(self.cached, hit)
+        """Goes on from what the cache has."""
+        self.stored = None
         self.pages, self.slot, self.computed = claim.pages, claim.slot, claim.length
         self.hidden = claim.hidden
         self.undrafted = [claim.hidden[None]] if claim.hidden is not None and self.drafts_follow else []
@@ -119,6 +126,7 @@ class Generation:
     def advance(self, hidden: Tensor) -> None:
         """Tokens were computed: their hidden states `[T, D]`."""
         if len(hidden):
+            self.first_computed = self.cached
             self.computed += len(hidden)
             self.hidden = hidden[-1].clone()  # a view would keep the whole step's
             self.points = [point for point in self.points if point >= self.computed]

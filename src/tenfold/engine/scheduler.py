@@ -26,17 +26,18 @@ class Scheduler:
       and waits again. The oldest always goes on, so everyone ends.
     * A quarter of a step's prefill is the oldest prompt's, the rest goes to the shortest first: a short request does
       not wait for a long one, and the long one goes on.
-    * A request whose prompt begins as one that is being computed waits for that one's snapshot.
+    * A request whose prompt begins as one that is being computed waits for that one's snapshot, and one of which the
+      disk has more than memory until that is read. Others pass it meanwhile.
     """
 
     def __init__(
         self,
         cache: PrefixCache,
         max_batch: int,
-        find: Callable[[Generation], Match],
+        find: Callable[[Generation], Match | None],
         park: Callable[[Generation], None],
     ) -> None:
-        """find: what the cache has of a generation. park: gives its memory to the cache."""
+        """find: what the cache has of a generation, None while more is read. park: gives its memory to the cache."""
         self.waiting: list[Generation] = []
         self.running: list[Generation] = []
         self._cache = cache
@@ -82,7 +83,7 @@ class Scheduler:
             if len(self.running) >= self._max_batch:
                 return
             match = self._find(generation)
-            if self._follows(generation, match):
+            if match is None or self._follows(generation, match):
                 continue
             if not self._cache.can_start(match, len(generation.tokens), spare_pages=len(self.running)):
                 return

@@ -14,6 +14,7 @@ from tenfold.server.reasoning import ReasoningReader
 from tenfold.server.tools import Format, ToolReader, tool_format
 from tenfold.tokenizer import TURN_START, Tokenizer, slices
 
+LONGEST_PART = 1 << 18  # characters; a text that cannot be cut takes up to 260 times its bytes while it is read
 Message = Mapping[str, Any]  # role, content, and as it may be reasoning_content, tool_calls, tool_call_id
 
 
@@ -83,6 +84,11 @@ def encode(tokenizer: Tokenizer, text: str, limit: int) -> list[int]:
     """Token ids of a prompt; it is left off where more than `limit` come of it. Raises ApiError then."""
     ids: list[int] = []
     for part in slices(text):
+        if len(part) > LONGEST_PART:
+            message = (
+                f"the prompt has a word of about {len(part)} characters, at most {LONGEST_PART} are read: add spaces"
+            )
+            raise invalid(message, param="messages")
         ids += tokenizer.encode(part)
         if len(ids) > limit:
             break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from tenfold.server.settings import Settings
 from tenfold.server.structures import answer_structure
 from tenfold.tokenizer import Tokenizer
 
-WORKERS = 2  # threads that read prompts, however many come
+WORKERS = 2  # threads that read prompts, however many come; each keeps what memory its longest one took
 ANY_TOOL = "any tool"  # no tool has a name like that
 
 
@@ -62,7 +63,7 @@ class Service:
         self.chat = ChatFormat(tokenizer)
         self.began = int(time.time())
         self.draining = False
-        self._workers = asyncio.Semaphore(WORKERS)
+        self._workers = ThreadPoolExecutor(WORKERS, "prompts")
 
     def check_model(self, name: str) -> None:
         """Raises ApiError for a model that is not here."""
@@ -73,8 +74,8 @@ class Service:
 
     async def encode(self, text: str) -> list[int]:
         """A prompt as tokens, which leave room for one more. Raises ApiError."""
-        async with self._workers:
-            return await asyncio.to_thread(encode, self.tokenizer, text, self.settings.context_length - 1)
+        limit = self.settings.context_length - 1
+        return await asyncio.get_running_loop().run_in_executor(self._workers, encode, self.tokenizer, text, limit)
 
     def check_ids(self, ids: list[int]) -> list[int]:
         """A prompt that came as tokens. Raises ApiError."""
