@@ -174,7 +174,7 @@ def test_shares_of_a_step() -> None:
     assert share(16, [], []) == []
     assert share(16, [100], [100]) == [16]
     assert share(16, [100, 100], [300, 200]) == [4, 12]
-    assert share(16, [100, 5, 100], [300, 5, 200]) == [4, 5, 7]
+    assert share(16, [100, 5, 100], [300, 5, 200]) == [2, 5, 0]  # the short one is not kept waiting for more
     assert share(1, [100, 5], [300, 5]) == [1, 0]
     assert share(16, [2, 5], [2, 5]) == [2, 5]
 

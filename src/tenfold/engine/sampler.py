@@ -142,12 +142,16 @@ class Sampler:
     def _scores(
         self, logits: Tensor, position: int, answer_ids: Sequence[int], mask: NDArray[np.bool_] | None
     ) -> Floats:
-        scores = np.array(logits.detach().float().cpu().numpy())  # a copy: the logits are someone else's
+        scores = logits.detach().float().cpu().numpy()
+        held_back = position < self.params.min_tokens
+        if mask is None and not (held_back or self._biased.size or self._penalises):
+            return scores
+        scores = scores.copy()  # the logits are someone else's
         if mask is not None:
             width = min(mask.size, scores.size)
             scores[:width] = np.where(mask[:width], scores[:width], np.float32(-np.inf))
             scores[width:] = -np.inf
-        if position < self.params.min_tokens:
+        if held_back:
             self._hold_back_stops(scores)
         if self._biased.size:
             scores[self._biased] += self._bias

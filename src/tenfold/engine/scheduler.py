@@ -25,7 +25,7 @@ class Scheduler:
       short of memory. Decoding needs a page now and then: where none is left, the latest arrival gives its memory back
       and waits again. The oldest always goes on, so everyone ends.
     * A quarter of a step's prefill is the oldest prompt's, the rest goes to the shortest first: a short request does
-      not wait for a long one, and the long one goes on.
+      not wait for a long one, and the long one goes on. A step that serves short ones is no longer than that takes.
     * A request whose prompt begins as one that is being computed waits for that one's snapshot, and one of which the
       disk has more than memory until that is read. Others pass it meanwhile.
     """
@@ -123,10 +123,15 @@ def _next_stop(generation: Generation) -> int:
 def share(tokens: int, wanted: Sequence[int], lengths: Sequence[int]) -> list[int]:
     """Divides a step between prompts that want so many tokens now, in order of arrival; lengths: what each has left."""
     given = [0] * len(wanted)
-    if wanted:
-        given[0] = min(wanted[0], -(-tokens // 4))
-    left = tokens - sum(given)
-    for index in sorted(range(len(wanted)), key=lambda index: lengths[index]):
+    if not wanted:
+        return given
+    order = sorted(range(len(wanted)), key=lambda index: lengths[index])
+    short = sum(wanted[index] for index in order if index and lengths[index] <= tokens // 2)
+    if short:
+        tokens = min(tokens, -(-short * 4 // 3))
+    given[0] = min(wanted[0], -(-tokens // 4))
+    left = tokens - given[0]
+    for index in order:
         more = min(wanted[index] - given[index], left)
         given[index] += more
         left -= more
