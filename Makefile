@@ -8,10 +8,11 @@ PYTHON      ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN         := .venv/bin
 READY       := .venv/.ready
 PIP         := $(BIN)/python -m pip install -qq --disable-pip-version-check
+SANITIZED   := build/sanitized
 ONE_THREAD  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check soak format clean
+.PHONY: help setup demo test check soak sanitize format clean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z]*\):.*## */make \1 \t/p' Makefile
@@ -36,17 +37,37 @@ test: $(READY)  ## all tests
 soak: $(READY)  ## ten hard minutes for tenfold serve: hang-ups, garbage, kill -9; MINUTES=1 is shorter
 	@$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),10)
 
+# An environment of its own, with all that .venv has but the module. Training, which is torch's alone, is left out, and the
+# page, since Chromium does not bear a sanitizer. The sanitizers must be loaded first: Python is not compiled for them.
+sanitize: $(SANITIZED)/.ready  ## kernels under gcc's sanitizers: addresses, undefined behaviour, races between threads
+	@$(SANITIZED)/thread/threads
+	@$(ONE_THREAD) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$(ldd $(SANITIZED)/lib/python3*/site-packages/tenfold/kernels/_native*.so | awk '/lib(asan|stdc\+\+)/ {print $$3}' | xargs)" \
+	    $(SANITIZED)/bin/python -m pytest -q -n 2 -p no:faulthandler \
+	    $(or $(TESTS),--ignore tests/ops --ignore tests/train --ignore tests/study --ignore tests/chat/test_page.py)
+
+$(SANITIZED)/.ready: $(READY) tests/kernels/threads.cpp
+	@echo "Compiling the kernels with sanitizers; this takes ten minutes on two cores, once."
+	@$(BIN)/python -m venv --without-pip $(SANITIZED)
+	@for python in $(BIN)/python $(SANITIZED)/bin/python; do $$python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; done | \
+	    { read from; read to; echo "$$from" >"$$to/borrowed.pth"; }
+	@CXX=$(CXX) $(BIN)/python -m pip --python $(SANITIZED)/bin/python install -qq --disable-pip-version-check --no-deps -e . \
+	    -C build-dir=$(SANITIZED)/address -C cmake.define.TENFOLD_SANITIZE=address,undefined -C wheel.cmake=true
+	@CXX=$(CXX) $(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-deps -w $(SANITIZED) . \
+	    -C build-dir=$(SANITIZED)/thread -C cmake.define.TENFOLD_SANITIZE=thread -C wheel.cmake=true
+	@touch $@
+
 check: $(READY)  ## formatting, lint, types, layering
 	@$(BIN)/ruff format --check --quiet --output-format concise
 	@$(BIN)/ruff check --quiet --output-format concise
 	@$(BIN)/pyright --level error
-	@$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
+	@$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h tests/kernels/*.cpp
 	@$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_layering.py
 
 format: $(READY)  ## format and sort imports
 	@$(BIN)/ruff check -q --fix --select I
 	@$(BIN)/ruff format -q
-	@$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+	@$(BIN)/clang-format -i csrc/*.cpp csrc/*.h tests/kernels/*.cpp
 
 clean:  ## remove what tools left behind; keeps .venv and runs
 	@rm -rf .pytest_cache .ruff_cache .hypothesis build dist

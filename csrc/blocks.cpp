@@ -1,5 +1,6 @@
 #include "blocks.h"
 
+#include "fence.h"
 #include "memory.h"
 #include "run.h"
 
@@ -10,14 +11,14 @@ namespace {
 template <size_t N>
 std::array<Rows, N> matrices(int64_t rows, const std::array<int64_t, N>& cols) {
   std::array<Rows, N> out;
-  std::array<size_t, N> at;
+  const auto bytes = [&](size_t i) { return static_cast<size_t>(rows * cols[i]) * sizeof(float); };
   size_t used = 0;
-  for (size_t i = 0; i < N; ++i) {
-    at[i] = used;
-    used += (static_cast<size_t>(rows * cols[i]) * sizeof(float) + 63) / 64 * 64;
+  for (size_t i = 0; i < N; ++i) used += fenced(bytes(i));
+  uint8_t* at = workspace(used);
+  for (size_t i = 0; i < N; at += fenced(bytes(i)), ++i) {
+    out[i] = {at, DType::f32, rows, cols[i], cols[i]};
+    ASAN_POISON_MEMORY_REGION(at + bytes(i), fenced(bytes(i)) - bytes(i));
   }
-  uint8_t* memory = workspace(used);
-  for (size_t i = 0; i < N; ++i) out[i] = {memory + at[i], DType::f32, rows, cols[i], cols[i]};
   return out;
 }
 

@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "fence.h"
+
 namespace tenfold {
 
 void Free::operator()(uint8_t* memory) const noexcept { std::free(memory); }
@@ -19,6 +21,7 @@ Memory allocate(size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   if (alignment == kLargePage) madvise(memory.get(), size, MADV_HUGEPAGE);
 #endif
+  ASAN_POISON_MEMORY_REGION(memory.get() + bytes, size - bytes);
   return memory;
 }
 
@@ -34,6 +37,8 @@ class Buffer {
       memory_ = allocate(bytes + bytes / 4);
       size_ = bytes + bytes / 4;
     }
+    ASAN_UNPOISON_MEMORY_REGION(memory_.get(), bytes);
+    ASAN_POISON_MEMORY_REGION(memory_.get() + bytes, size_ - bytes);
     return memory_.get();
   }
 

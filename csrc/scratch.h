@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "fence.h"
+
 namespace tenfold::TENFOLD_ISA {
 namespace {
 
@@ -14,8 +16,10 @@ class Scratch {
 
   template <class T>
   T* take(int64_t count) {
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
     uint8_t* at = base_ ? base_ + used_ : nullptr;
-    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    if (at) ASAN_POISON_MEMORY_REGION(at + bytes, fenced(bytes) - bytes);
+    used_ += fenced(bytes);
     return reinterpret_cast<T*>(at);
   }
 

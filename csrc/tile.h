@@ -13,11 +13,7 @@
 namespace tenfold::TENFOLD_ISA {
 
 // A tile of this size keeps its sums of integers and of floats in registers, with room for weights and input.
-#if defined(TENFOLD_PANEL_TOKENS)
-constexpr int kPanelTokens = TENFOLD_PANEL_TOKENS;
-#else
 constexpr int kPanelTokens = kRegisters == 32 ? 12 : 6;
-#endif
 
 size_t input_bytes(Format format);  // of one group of one token
 
