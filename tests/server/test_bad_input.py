@@ -17,12 +17,23 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.core.result import Ok
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 
 from tenfold.server.settings import Settings
 
 if TYPE_CHECKING:
     from tests.server.conftest import Running
 
+CHECKS = [
+    schemathesis.checks.not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+]
 IMPATIENT = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
 HTTP = httpx.Client(timeout=20)  # one for all: each would load the certificates anew
 USER = {"role": "user", "content": "hi"}
@@ -353,7 +364,7 @@ def test_whatever_the_description_allows_or_forbids_is_no_error_of_the_server(
         @given(case=operation.as_strategy(generation_mode=mode))
         def check(case: schemathesis.Case) -> None:
             response = case.call()
-            assert response.status_code < 500
+            case.validate_response(response, checks=CHECKS)
             assert response.status_code < 400 or response.json()["error"]["message"]
 
         with suppress(Unsatisfiable):  # nothing is forbidden
