@@ -8,10 +8,11 @@ PYTHON      ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN         := .venv/bin
 READY       := .venv/.ready
 PIP         := $(BIN)/python -m pip install -qq --disable-pip-version-check
+CHECKERS    := .venv-conformance
 ONE_THREAD  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check soak format clean
+.PHONY: help setup demo test check soak conformance format clean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z]*\):.*## */make \1 \t/p' Makefile
@@ -35,6 +36,15 @@ test: $(READY)  ## all tests
 
 soak: $(READY)  ## ten hard minutes for tenfold serve: hang-ups, garbage, kill -9; MINUTES=1 is shorter
 	@$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),10)
+
+conformance: $(READY) $(CHECKERS)/.ready  ## official clients, schemathesis, llm-comply and lm-eval against a running server
+	@$(BIN)/python benchmarks/conformance.py --checkers $(CHECKERS)/bin
+
+$(CHECKERS)/.ready: constraints.txt
+	@echo "Installing lm-eval and llm-comply into $(CHECKERS), beside the development tools, without torch; 1 GB, once."
+	@test -x $(CHECKERS)/bin/python || $(BIN)/python -m venv $(CHECKERS)
+	@$(CHECKERS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt 'lm-eval[api]' llm-comply transformers
+	@touch $@
 
 check: $(READY)  ## formatting, lint, types, layering
 	@$(BIN)/ruff format --check --quiet --output-format concise
