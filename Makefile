@@ -9,10 +9,11 @@ BIN         := .venv/bin
 READY       := .venv/.ready
 PIP         := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SANITIZED   := build/sanitized
+CHECKERS    := .venv-conformance
 ONE_THREAD  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check soak sanitize format clean
+.PHONY: help setup demo test check soak sanitize conformance format clean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z]*\):.*## */make \1 \t/p' Makefile
@@ -55,6 +56,14 @@ $(SANITIZED)/.ready: $(READY) tests/kernels/threads.cpp
 	    -C build-dir=$(SANITIZED)/address -C cmake.define.TENFOLD_SANITIZE=address,undefined -C wheel.cmake=true
 	@CXX=$(CXX) $(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-deps -w $(SANITIZED) . \
 	    -C build-dir=$(SANITIZED)/thread -C cmake.define.TENFOLD_SANITIZE=thread -C wheel.cmake=true
+
+conformance: $(READY) $(CHECKERS)/.ready  ## official clients, schemathesis, llm-comply and lm-eval against a running server
+	@$(BIN)/python benchmarks/conformance.py --checkers $(CHECKERS)/bin
+
+$(CHECKERS)/.ready: constraints.txt
+	@echo "Installing lm-eval and llm-comply into $(CHECKERS), beside the development tools, without torch; 1 GB, once."
+	@test -x $(CHECKERS)/bin/python || $(BIN)/python -m venv $(CHECKERS)
+	@$(CHECKERS)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt 'lm-eval[api]' llm-comply transformers
 	@touch $@
 
 check: $(READY)  ## formatting, lint, types, layering

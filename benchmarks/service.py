@@ -90,11 +90,13 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def serve_tenfold(folder: Path, log: Path, options: Mapping[str, object], port: int | None = None) -> Server:
-    """`tenfold serve`; options: those of the command, without dashes."""
+def serve_tenfold(
+    folder: Path, log: Path, options: Mapping[str, object], port: int | None = None, names: Sequence[str] = (NAME,)
+) -> Server:
+    """`tenfold serve`; options: those of the command, without dashes. names: of the model, that requests ask for."""
     port = port or free_port()
     given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "tenfold", "serve", str(folder), "--port", str(port), "--model-names", NAME]
+    command = [sys.executable, "-m", "tenfold", "serve", str(folder), "--port", str(port), "--model-names", *names]
     return Server([*command, *given], port, log)
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
@@ -22,7 +22,7 @@ from tenfold import __version__
 from tenfold.server.anthropic_messages import CountRequest, MessageAnswer, MessagesRequest, count_tokens
 from tenfold.server.backend import Engine
 from tenfold.server.callers import Callers
-from tenfold.server.errors import ApiError, error_body, error_response, field_error, invalid
+from tenfold.server.errors import REFUSAL, ApiError, error_body, error_response, field_error, invalid
 from tenfold.server.gate import Gate
 from tenfold.server.metrics import Metrics
 from tenfold.server.openai_chat import ChatAnswers, ChatMessage, ChatRequest, Tool
@@ -59,7 +59,15 @@ class StrictRequest(Request):
             raise invalid(f"the body is no JSON that can be read: {error}") from None
 
 
-router = APIRouter(route_class=StrictRoute)
+def _refusals(description: str) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"schema": REFUSAL}}}
+
+
+STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+router = APIRouter(
+    route_class=StrictRoute,
+    responses={"4XX": _refusals("The request is at fault"), "5XX": _refusals("The service is, or it is stopping")},
+)
 
 
 def create_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> FastAPI:
@@ -106,7 +114,7 @@ def _service(request: Request) -> Service:
 # ---- OpenAI ------------------------------------------------------------------------------------------------
 
 
-@router.post("/v1/chat/completions", response_model=None)
+@router.post("/v1/chat/completions", response_model=None, responses=STREAMS)
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     generation = await _service(request).start_chat(body.job(), caller_of(request))
     answers = ChatAnswers(_service(request), body, generation)
@@ -115,7 +123,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     return JSONResponse(await whole(request, answers.whole(), generation))
 
 
-@router.post("/v1/completions", response_model=None)
+@router.post("/v1/completions", response_model=None, responses=STREAMS)
 async def completions(body: CompletionRequest, request: Request) -> Response:
     generation = await start_completion(_service(request), body, caller_of(request))
     answers = Completions(_service(request), body, generation)
@@ -124,7 +132,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     return JSONResponse(await whole(request, answers.whole(), generation))
 
 
-@router.post("/v1/responses", response_model=None)
+@router.post("/v1/responses", response_model=None, responses=STREAMS)
 async def responses(body: ResponsesRequest, request: Request) -> Response:
     generation = await _service(request).start_chat(body.job(), caller_of(request))
     answer = ResponseAnswer(body, generation)
@@ -163,7 +171,7 @@ def _model(request: Request, name: str) -> dict[str, Any]:
 # ---- Anthropic ---------------------------------------------------------------------------------------------
 
 
-@router.post("/v1/messages", response_model=None)
+@router.post("/v1/messages", response_model=None, responses=STREAMS)
 async def messages(body: MessagesRequest, request: Request) -> Response:
     generation = await _service(request).start_chat(body.job(), caller_of(request))
     answer = MessageAnswer(body, generation)
@@ -230,6 +238,6 @@ async def ready(request: Request) -> dict[str, str]:
     return {"status": "ready"}
 
 
-@router.get("/metrics", response_model=None)
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     return Response(_service(request).metrics.text(), media_type="text/plain; version=0.0.4")

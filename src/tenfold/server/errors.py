@@ -14,6 +14,11 @@ from starlette.types import Scope
 OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 ANTHROPIC_TYPES = OPENAI_TYPES | {404: "not_found_error", 413: "request_too_large", 503: "overloaded_error"}
 ANTHROPIC_TYPES |= {504: "timeout_error"}
+REFUSAL = {  # of either API, for the description of the service
+    "type": "object",
+    "properties": {"error": {"type": "object", "properties": {"message": {"type": "string"}}, "required": ["message"]}},
+    "required": ["error"],
+}
 
 
 class ApiError(HTTPException):
