@@ -126,6 +126,17 @@ def test_a_read_that_fails_is_no_fault_of_the_request(
     engine.close()
 
 
+def test_a_copy_that_fails_is_no_fault_of_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start(tmp_path)
+    monkeypatch.setattr(engine.model, "read_state", Mock(side_effect=RuntimeError("no memory")))
+    check(engine, [request(range(1, 24))])
+    assert not [*tmp_path.glob("*/*-*")], "no snapshot could be copied"
+    monkeypatch.undo()
+    check(engine, [request(range(2, 24))])
+    engine.close()
+    assert [*tmp_path.glob("*/*-*")], "those of the second one could"
+
+
 def test_what_waits_for_the_disk_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its share of the memory, however slow the disk is; answers don't wait for it."""
     may_write, write = threading.Event(), DiskStore._write

@@ -122,7 +122,7 @@ class DiskCache:
         if idle and self._copies and self._is_full:
             time.sleep(MOMENT)
         while self._copies and limit > 0 and not self._is_full:
-            copied = next(self._copies[0], None)
+            copied = self._copy_next()
             if copied is None:
                 self._copies.popleft()
             else:
@@ -133,6 +133,14 @@ class DiskCache:
         """Whether another record has to wait until one is written."""
         waiting = self._store.waiting_bytes
         return waiting > 0 and waiting + self._record > self._most_waiting
+
+    def _copy_next(self) -> int | None:
+        """The bytes of the next record; None where there is none."""
+        try:
+            return next(self._copies[0], None)
+        except Exception:  # of memory or of the model; the snapshot is not on disk then, nothing else
+            logger.exception("the prefix cache could not be copied")
+            return None
 
     def _copy(self, snapshot: Snapshot, chain: list[str]) -> Iterator[int]:
         """Hands one record after the other to be written, pages first, where it is missing; yields their bytes."""
@@ -167,7 +175,7 @@ class DiskCache:
     # ---- reading
 
     def find(self, isolation: str, tokens: Sequence[int]) -> list[Stored]:
-        """The snapshots that these tokens begin with, longest first."""
+        """The snapshots that these tokens begin with, longest first. May be called from any thread."""
         if self._store.refresh():
             self._states = self._list_states()
         size, chain = self._cache.page_tokens, list(self._chain(isolation, tokens))

@@ -35,7 +35,8 @@ class DiskStore:
         self.names: set[str] = set()
         self.used_bytes = 0
         self._scanned = -1
-        self._lock = threading.Lock()  # of what the threads share
+        self._lock = threading.Lock()  # of what is in flight
+        self._folder_lock = threading.Lock()  # so that no look at the folder misses what appears meanwhile
         self._waiting: queue.SimpleQueue[tuple[str, Sequence[Buffer]] | None] = queue.SimpleQueue()
         self._in_flight: set[str] = set()
         self.waiting_bytes = 0  # handed over and not written yet
@@ -47,8 +48,8 @@ class DiskStore:
     # ---- reading
 
     def refresh(self) -> bool:
-        """Looks whether others have added or removed something."""
-        with suppress(OSError), self._lock:
+        """Looks whether anyone has added or removed something. May be called from any thread."""
+        with suppress(OSError), self._folder_lock:
             stamp = self._folder.stat().st_mtime_ns
             if stamp != self._scanned:
                 self._scanned = stamp
@@ -126,7 +127,7 @@ class DiskStore:
         try:
             with part.open("wb") as file:
                 file.writelines([MAGIC, _digest(name, parts), *parts])
-            with self._lock:  # or a look at the folder at this moment would miss it
+            with self._folder_lock:
                 part.replace(self._folder / name)
                 self.names.add(name)
         except OSError:

@@ -156,6 +156,7 @@ class Engine:
             draft_length=DraftLength(self._costs, self._acceptance),
             last_token=min(self.context, len(request.prompt_ids) + params.max_tokens),
             drafts_follow=self._drafts,
+            stored=self._disk.find(request.isolation, request.prompt_ids) if self._disk else [],
         )
 
     def _constraint(self, structure: Structure) -> Constraint:
@@ -344,12 +345,13 @@ class Engine:
         if generation.stored is None:
             generation.stored = disk.find(isolation, tokens)
         least = match.length + self.model.page_tokens
-        generation.stored = [stored for stored in generation.stored if stored.length >= least]
+        better = next((stored for stored in generation.stored if stored.length >= least), None)
         running = len(self._scheduler.running)
-        if not generation.stored or not self._cache.can_start(match, len(tokens), spare_pages=running):
+        if better is None or not self._cache.can_start(match, len(tokens), spare_pages=running):
             return False
         if disk.reading is None:
-            disk.read(isolation, tokens, generation.stored.pop(0))
+            generation.stored.remove(better)
+            disk.read(isolation, tokens, better)
         return True
 
     def _park(self, generation: Generation) -> None:

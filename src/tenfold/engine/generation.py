@@ -30,6 +30,7 @@ class Generation:
     draft_length: DraftLength
     last_token: int  # the most tokens that prompt and answer may have
     drafts_follow: bool  # whether the draft module has to see its tokens
+    stored: list[Stored] | None  # what the disk has of it and was not tried; None where that has to be looked up again
     tokens: list[int] = field(init=False)
     answer: list[int] = field(default_factory=list)
     arrival: int = 0
@@ -39,7 +40,6 @@ class Generation:
     drafted: int = 0
     accepted: int = 0
     finish: FinishReason | None = None
-    stored: list[Stored] | None = None  # what the disk has of it that was not tried, once that was looked up
     # what it holds while it runs
     pages: list[int] = field(default_factory=list)
     slot: int = -1
