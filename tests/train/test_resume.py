@@ -261,7 +261,10 @@ def pinned_torch() -> str:
 def test_the_loss_curve_is_the_stored_one(
     family: str, recipe: Make, start: Start, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """To store a new one after a change that is meant to change it: TENFOLD_STORE_CURVE=1."""
+    """To store a new one after a change that is meant to change it: TENFOLD_STORE_CURVE=1.
+
+    Not to the bit: a processor of another maker rounds some last bits otherwise, SSE or not.
+    """
     schedule: dict[str, object] = {} if family == "sparse" else {"optim.kind": "adamw", "optim.schedule": "cosine"}
     config = recipe(tmp_path / "run", schedule | {"model": request.getfixturevalue(family), "tokens": 8 * 128})
     assert end_of(start(config, pictures=False, **SAME_EVERYWHERE)).code == 0
@@ -271,4 +274,4 @@ def test_the_loss_curve_is_the_stored_one(
     if os.environ.get("TENFOLD_STORE_CURVE") == "1":
         CURVE.write_text(json.dumps(stored | {family: found}, indent=1) + "\n")
     else:
-        assert found == stored[family]
+        assert [float.fromhex(x) for x in found] == pytest.approx([float.fromhex(x) for x in stored[family]], rel=1e-5)

@@ -208,7 +208,7 @@ class ResponseAnswer:
     def _closing(self, block: Block, place: dict[str, Any]) -> Iterator[str]:
         told: dict[str, Any] = {"text": block.text}
         if block.kind == "call":
-            told = {"arguments": block.text, "name": block.name}
+            told = {"arguments": block.text}
         elif block.kind == "text":
             told["logprobs"] = []
         yield self._event(f"response.{_STREAMS[block.kind]}.done", place | told)
