@@ -434,9 +434,7 @@ def draft_input(embedding_norm: NormWeight, hidden_norm: NormWeight, weight: Pac
     return _native().DraftInput(embedding_norm, hidden_norm, weight)
 
 
-def embed_drafts(
-    block: DraftInput, weights: Sequence[PackedLinear], tokens: Sequence[int], hidden: Tensor
-) -> Residual:
+def embed_drafts(block: DraftInput, weights: Sequence[PackedLinear], tokens: Sequence[int], hidden: Tensor) -> Residual:
     """A residual stream of multi-token prediction: from embeddings, as `embed`, and hidden states fp32 `[T, D]`."""
     return block(weights, tokens, hidden.detach())
 
