@@ -56,6 +56,7 @@ $(SANITIZED)/.ready: $(READY) tests/kernels/threads.cpp
 	    -C build-dir=$(SANITIZED)/address -C cmake.define.TENFOLD_SANITIZE=address,undefined -C wheel.cmake=true
 	@CXX=$(CXX) $(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-deps -w $(SANITIZED) . \
 	    -C build-dir=$(SANITIZED)/thread -C cmake.define.TENFOLD_SANITIZE=thread -C wheel.cmake=true
+	@touch $@
 
 conformance: $(READY) $(CHECKERS)/.ready  ## official clients, schemathesis, llm-comply and lm-eval against a running server
 	@$(BIN)/python benchmarks/conformance.py --checkers $(CHECKERS)/bin

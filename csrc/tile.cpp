@@ -145,11 +145,10 @@ struct Kernel<Format::bf16> {
 };
 
 constexpr int64_t kFetchAhead = 4;  // groups
-constexpr int64_t kChunkGroups =
-    8;  // that all passes over a block finish before the next: the first-level cache holds them
+// That all passes over a block go through before any goes on: they are still in the first-level cache then.
+constexpr int64_t kChunkGroups = 8;
 
-// Intel's cores have too few misses under way unless told what comes; AMD's fetch further ahead by themselves, and telling
-// them costs more than it brings (docs/kernels.md).
+// Intel's cores gain by being told what comes, AMD's lose (docs/kernels.md).
 bool fetches() {
 #if defined(__x86_64__)
   static const bool intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));

@@ -27,7 +27,7 @@ void multiply_block(Format format, const uint8_t* block, const uint8_t* next, co
                     int tokens, int64_t groups, float* y) noexcept;
 
 // For one token and two neighbouring blocks: y[r] of the first, y[32 + r] of the second. Weights then come in two
-// streams, of which twice as much is under way. `next` is the pair to be read next, not null.
+// streams, of which twice as much is under way. `next` is the pair to be read next.
 void multiply_pair(Format format, const uint8_t* blocks, const uint8_t* next, const uint8_t* panel,
                    int64_t groups, float* y) noexcept;
 

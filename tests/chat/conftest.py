@@ -21,6 +21,7 @@ HEARTBEAT = 0.05  # seconds
 MOUSE = "primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4"
 ARGUMENTS = (
     "--headless=new",
+    "--incognito",  # what pages store stays in memory: a busy disk would hold up each test's beginning
     "--no-sandbox",
     "--disable-gpu",
     "--disable-dev-shm-usage",

@@ -121,7 +121,10 @@ def _next_stop(generation: Generation) -> int:
 
 
 def share(tokens: int, wanted: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """Divides a step between prompts that want so many tokens now, in order of arrival; lengths: what each has left."""
+    """Divides a step between prompts that want so many tokens now, in order of arrival; lengths: what each has left.
+
+    Those that half a step would finish are short: where there are some, the step has their tokens and a third as many.
+    """
     given = [0] * len(wanted)
     if not wanted:
         return given
