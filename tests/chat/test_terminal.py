@@ -68,6 +68,13 @@ class Terminal:
     def say(self, text: str) -> None:
         self.type(text + "\r")
 
+    def forget(self, text: str) -> None:
+        """Types, and then Ctrl-C: Python's readline hears that only while it waits for a key, not while it shows one."""
+        self.type(text)
+        self.wait_for(text)
+        time.sleep(0.2)
+        self.type(CTRL_C)
+
     def exit_code(self) -> int:
         end = time.monotonic() + PATIENCE
         while self.process.poll() is None:
@@ -147,10 +154,7 @@ def test_ctrl_c_while_the_server_reads(terminal: Terminal, server: Any) -> None:
 
 
 def test_ctrl_c_forgets_a_line(terminal: Terminal, server: Any) -> None:
-    terminal.type("nonsense")
-    terminal.wait_for("nonsense")
-    time.sleep(0.2)  # Python's readline hears Ctrl-C only while it waits for a key, not while it writes one
-    terminal.type(CTRL_C)
+    terminal.forget("nonsense")
     terminal.wait_for("\n> ")
     terminal.say("hello")
     terminal.wait_for("You said: hello")
@@ -254,7 +258,7 @@ def test_editing_can_be_left(terminal: Terminal, server: Any) -> None:
     terminal.wait_for("You said: hello")
     terminal.say("/edit")
     terminal.wait_for("> hello")
-    terminal.type(" you" + CTRL_C)
+    terminal.forget(" you")
     terminal.wait_for("\n> ")
     terminal.say("more")
     terminal.wait_for("You said: more")
