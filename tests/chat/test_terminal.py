@@ -69,7 +69,7 @@ class Terminal:
         self.type(text + "\r")
 
     def forget(self, text: str) -> None:
-        """Types, and then Ctrl-C: Python's readline hears that only while it waits for a key, not while it shows one."""
+        """Types, then Ctrl-C: Python's readline hears that only while it waits for a key, not while it shows one."""
         self.type(text)
         self.wait_for(text)
         time.sleep(0.2)
