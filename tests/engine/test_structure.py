@@ -271,6 +271,19 @@ def test_compiled_grammars_are_kept_and_not_shared(small: StructureCompiler) -> 
     assert second.mask()[small._tokenizer.encode("k")[0]]
 
 
+def test_the_grammars_kept_take_no_more_than_so_much(small_tokenizer: Tokenizer) -> None:
+    compiler = StructureCompiler(small_tokenizer)
+    for number in range(6):  # as large as they may be, each another
+        words = [f"{number} {word:05}" for word in range(18_000)]
+        compiler.compile(Structure("regex", f"({'|'.join(words)})"))
+        kept = [structure.source for structure in compiler._compiled]
+        assert sum(map(len, kept)) <= 1 << 20
+        assert kept[-1].startswith(f"({number} ")
+    for number in range(100):
+        compiler.compile(Structure("regex", f"a{{{number}}}b"))
+    assert len(compiler._compiled) <= 64
+
+
 def test_several_threads(small: StructureCompiler) -> None:
     found: list[int] = []
     structure = Structure("regex", "[ab]{3}")

@@ -12,10 +12,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -32,7 +33,8 @@ T = TypeVar("T")
 STACK_LOCK = threading.Lock()  # the size is a setting of the whole process
 LONGEST_SOURCE = 1 << 18  # characters
 LONGEST_MESSAGE = 300
-COMPILED = 64  # grammars kept
+KEPT = 1 << 20  # characters of the grammars kept; a compiled one takes up to 70 bytes for each
+AT_LEAST = 1 << 14  # characters that one counts for: small ones take memory too
 STACK = 128 << 20  # bytes of address space; several times what was enough for the check
 CHECK = Path(__file__).with_name("grammar_check.py")
 MOST_ITEMS = 1000  # of a row of the parser; ambiguous grammars have ever more, and take ever longer
@@ -135,7 +137,7 @@ class StructureCompiler:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
-        self._fresh = lru_cache(COMPILED)(self._compile)
+        self._compiled: OrderedDict[Structure, LLMatcher] = OrderedDict()  # the latest at the end
 
     def compile(self, structure: Structure) -> Constraint:
         """A constraint at the beginning of an answer.
@@ -144,9 +146,19 @@ class StructureCompiler:
         what is wrong, not supported, or can't be fulfilled, and where llguidance is not installed.
         """
         environment = self.environment
-        fresh = self._fresh(structure)
+        with self._lock:
+            fresh = self._compiled.get(structure)
+        fresh = fresh or self._compile(structure)
         with self._lock:  # it may not be copied by two at a time
+            self._keep(structure, fresh)
             return Constraint(fresh.deep_copy(), environment.vocab_size)
+
+    def _keep(self, structure: Structure, fresh: LLMatcher) -> None:
+        """As the latest; the oldest go where that is too much."""
+        self._compiled[structure] = fresh
+        self._compiled.move_to_end(structure)
+        while sum(max(len(kept.source), AT_LEAST) for kept in self._compiled) > KEPT:
+            self._compiled.popitem(last=False)
 
     @property
     def environment(self) -> LLTokenizer:
