@@ -10,6 +10,7 @@ READY       := .venv/.ready
 PIP         := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SANITIZED   := build/sanitized
 CHECKERS    := .venv-conformance
+COMPILED_CODE := tests/kernels tests/models tests/engine/test_engine_native.py tests/engine/test_llm.py tests/engine/test_bench.py
 ONE_THREAD  := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
@@ -38,14 +39,13 @@ test: $(READY)  ## all tests
 soak: $(READY)  ## ten hard minutes for tenfold serve: hang-ups, garbage, kill -9; MINUTES=1 is shorter
 	@$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),10)
 
-# An environment of its own, with all that .venv has but the module. Training, which is torch's alone, is left out, and the
-# page, since Chromium does not bear a sanitizer. The sanitizers must be loaded first: Python is not compiled for them.
+# An environment of its own, with all that .venv has but the module. The tests are those that reach compiled code; others
+# measure memory, or start programs that do not bear a sanitizer. Python is not compiled for them: they are loaded first.
 sanitize: $(SANITIZED)/.ready  ## kernels under gcc's sanitizers: addresses, undefined behaviour, races between threads
 	@$(SANITIZED)/thread/threads
-	@$(ONE_THREAD) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	@$(ONE_THREAD) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=16 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(ldd $(SANITIZED)/lib/python3*/site-packages/tenfold/kernels/_native*.so | awk '/lib(asan|stdc\+\+)/ {print $$3}' | xargs)" \
-	    $(SANITIZED)/bin/python -m pytest -q -n 2 -p no:faulthandler \
-	    $(or $(TESTS),--ignore tests/ops --ignore tests/train --ignore tests/study --ignore tests/chat/test_page.py)
+	    $(SANITIZED)/bin/python -m pytest -q -n 2 -p no:faulthandler $(or $(TESTS),$(COMPILED_CODE))
 
 $(SANITIZED)/.ready: $(READY) tests/kernels/threads.cpp
 	@echo "Compiling the kernels with sanitizers; this takes ten minutes on two cores, once."

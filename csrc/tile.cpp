@@ -148,14 +148,20 @@ constexpr int64_t kFetchAhead = 4;  // groups
 // That all passes over a block go through before any goes on: they are still in the first-level cache then.
 constexpr int64_t kChunkGroups = 8;
 
-// Intel's cores gain by being told what comes, AMD's lose (docs/kernels.md).
-bool fetches() {
+bool is_intel() {
 #if defined(__x86_64__)
   static const bool intel = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
   return intel;
 #else
   return false;
 #endif
+}
+
+// Whether it pays to be told what comes. Where there is little to do for a line, AMD's cores foresee it better
+// themselves (docs/kernels.md).
+bool fetches(Format format, int tokens) {
+  const bool little = tokens == 1 && format != Format::int4 && kLanes == 16;
+  return !little || is_intel();
 }
 
 // What a thread reads of a weight: a block, and then another, whose beginning is fetched behind the first one's end.
@@ -296,6 +302,7 @@ void gather_panel(Format format, const uint8_t* inputs, const int32_t* tokens, i
 
 void multiply_block(Format format, const uint8_t* block, const uint8_t* next, const uint8_t* panel,
                     int tokens, int64_t groups, float* y) noexcept {
+  if (!fetches(format, tokens)) next = nullptr;
   switch (format) {
     case Format::bf16: return multiply_tokens<Format::bf16>({block, next, groups}, panel, tokens, y);
     case Format::int8: return multiply_tokens<Format::int8>({block, next, groups}, panel, tokens, y);
@@ -305,6 +312,7 @@ void multiply_block(Format format, const uint8_t* block, const uint8_t* next, co
 
 void multiply_pair(Format format, const uint8_t* blocks, const uint8_t* next, const uint8_t* panel,
                    int64_t groups, float* y) noexcept {
+  if (!fetches(format, 1)) next = nullptr;
   switch (format) {
     case Format::bf16: return multiply_streams<Format::bf16>(blocks, next, panel, groups, y);
     case Format::int8: return multiply_streams<Format::int8>(blocks, next, panel, groups, y);
