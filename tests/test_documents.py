@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import configparser
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -34,6 +36,24 @@ def arguments_of(program: str) -> list[list[str]]:
 def test_commands_can_be_typed(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert callable(cli.parse(args))
+
+
+def test_the_unit_starts_a_command_that_can_be_typed() -> None:
+    block = re.search(r"```ini\n(.*?)```", (ROOT / "docs/serving.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert block
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.read_string(block[1].replace("\\\n", " "))  # strict: no option twice
+    assert callable(cli.parse(shlex.split(unit["Service"]["ExecStart"])[1:]))
+
+
+def test_the_image_starts_a_command_that_can_be_typed() -> None:
+    lines = dict(
+        line.split(" ", 1)
+        for line in (ROOT / "Dockerfile").read_text().splitlines()
+        if line.startswith(("ENTRY", "CMD"))
+    )
+    assert json.loads(lines["ENTRYPOINT"]) == ["tenfold"]
+    assert callable(cli.parse(json.loads(lines["CMD"])))
 
 
 def test_make_has_the_targets() -> None:
