@@ -215,7 +215,7 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
 
 def broken(path: Path) -> bool:
     """Whether a file that counts is not whole."""
-    store = DiskStore(path.parent.parent, path.parent.name, 1 << 40)
+    store = DiskStore(path.parent.parent, path.parent.name.removeprefix(disk_store.FOLDER), 1 << 40)
     size = path.stat().st_size - len(disk_store.MAGIC) - disk_store.DIGEST
     found = path.name.endswith(disk_store.TEMPORARY) or store.read(path.name, size) is not None
     store.close()
@@ -248,8 +248,8 @@ def test_the_oldest_goes_first_and_unfinished_files_with_time(tmp_path: Path) ->
         store.write(name, [bytes(200)])
     store.close()
     store = DiskStore(tmp_path, "v", 1000)
-    os.utime(tmp_path / "v" / "b", (1, 1))
-    old, new = (tmp_path / "v" / f"x.{age}{disk_store.TEMPORARY}" for age in ("old", "new"))
+    os.utime(tmp_path / f"{disk_store.FOLDER}v" / "b", (1, 1))
+    old, new = (tmp_path / f"{disk_store.FOLDER}v" / f"x.{age}{disk_store.TEMPORARY}" for age in ("old", "new"))
     for path in (old, new):
         path.write_bytes(b"")
     os.utime(old, (1, 1))
@@ -258,6 +258,19 @@ def test_the_oldest_goes_first_and_unfinished_files_with_time(tmp_path: Path) ->
     assert "b" not in store.names and {"c", "d", "e"} <= store.names
     assert new.exists() and not old.exists()
     assert sum(path.stat().st_size for path in tmp_path.glob("*/*")) <= 1000
+
+
+def test_what_others_keep_in_the_folder_is_let_be(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    (photos / "2020").mkdir(parents=True)
+    (photos / "one.jpg").write_bytes(bytes(5000))
+    os.utime(photos / "one.jpg", (1, 1))
+    store = DiskStore(tmp_path, "v", 1000)
+    for name in "abcdefgh":
+        store.write(name, [bytes(200)])
+    store.close()
+    assert (photos / "one.jpg").stat().st_size == 5000
+    assert "h" in store.names and store.used_bytes <= 1000
 
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:

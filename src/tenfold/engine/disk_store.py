@@ -20,17 +20,18 @@ Buffer = bytes | memoryview
 
 MAGIC = b"tenfold cache 1\n"
 DIGEST = 32  # bytes
+FOLDER = "tenfold-prefixes-"  # and the version; nothing else in the root is looked at
 TEMPORARY = ".part"
 STALE = 600.0  # seconds after which an unfinished file has no writer any more
 logger = logging.getLogger(__name__)
 
 
 class DiskStore:
-    """The records of one version, in a folder of that name; the byte budget is that of all versions together."""
+    """The records of one version, in a folder of their own; the byte budget is that of all versions together."""
 
     def __init__(self, folder: Path, version: str, limit_bytes: int) -> None:
         """Raises OSError where the folder can't be made or read."""
-        self._root, self._folder, self._limit = folder, folder / version, limit_bytes
+        self._root, self._folder, self._limit = folder, folder / f"{FOLDER}{version}", limit_bytes
         self._folder.mkdir(parents=True, exist_ok=True)
         self.names: set[str] = set()
         self.used_bytes = 0
@@ -159,7 +160,7 @@ class DiskStore:
     def _files(self) -> Iterator[tuple[float, int, Path]]:
         """When each file was last of use, its size, and where it is."""
         now = time.time()
-        for path in self._root.glob("*/*"):
+        for path in self._root.glob(f"{FOLDER}*/*"):
             with suppress(OSError):
                 stat = path.stat()
                 if path.name.endswith(TEMPORARY) and now - stat.st_mtime > STALE:
