@@ -6,16 +6,34 @@ namespace {
 constexpr int kVectors = kBlockRows / kLanes;  // that hold a value for each row of a block
 constexpr int kVectorBytes = 4 * kLanes;
 
-// How many of a block's vectors a tile takes at once: as many as leave `registers_each` registers for each of
-// its sums.
-constexpr int tile_vectors(int tokens, int registers_each) {
+constexpr int kMostSums = 2 * kPanelTokens;  // that registers hold
+constexpr int kMostGroupSums =
+    kRegisters == 32 ? 16 : 12;  // beside what weights and inputs take on their way
+
+// How many of a block's vectors a tile takes at once: as many as leave a register for each of its sums.
+constexpr int tile_vectors(int tokens, int most) {
   int vectors = kVectors;
-  while (vectors > 1 && vectors * tokens * registers_each > kPanelTokens * 2) vectors /= 2;
+  while (vectors > 1 && vectors * tokens > most) vectors /= 2;
   return vectors;
 }
 
 template <int V, int T>
 using Sums = F32[V][T];
+
+// The same, in memory: the first-level cache holds them between the groups, whose own sums take the registers.
+struct SumsInMemory {
+  float* y;  // [tokens, rows of a block]
+};
+
+template <int V, int T>
+TENFOLD_INLINE void add(Sums<V, T>& y, int v, int t, F32 a, F32 b) {
+  y[v][t] = fma(a, b, y[v][t]);
+}
+
+TENFOLD_INLINE void add(SumsInMemory& sums, int v, int t, F32 a, F32 b) {
+  float* y = sums.y + t * kBlockRows + v * kLanes;
+  store(y, fma(a, b, load(y)));
+}
 
 struct QuantizedInput {
   int8_t x[kGroup];
@@ -66,13 +84,13 @@ TENFOLD_INLINE void add_quad(Sum (&sums)[V][T], const Weights<V>& weights, const
   });
 }
 
-template <class Sum, int V, int T>
+template <class Sum, int V, int T, class Y>
 TENFOLD_INLINE void finish(const Sum (&sums)[V][T], const uint8_t* scales, const QuantizedInput* input,
-                           Sums<V, T>& y) {
+                           Y& y) {
   unrolled<V>([&](auto v) TENFOLD_BODY {
     const F32 scale = load_half(scales + 2 * kLanes * v);
     unrolled<T>([&](auto t) TENFOLD_BODY {
-      y[v][t] = fma(to_float(sums[v][t].total()), scale * splat(input[t].scale), y[v][t]);
+      add(y, v, t, to_float(sums[v][t].total()), scale * splat(input[t].scale));
     });
   });
 }
@@ -83,11 +101,10 @@ struct Kernel;
 template <>
 struct Kernel<Format::int4> {
   using Input = QuantizedInput;
-  static constexpr int kRegistersEach = 2;
+  static constexpr bool kGroupSums = true;  // that are added to others at the end of a group
 
-  template <int V, int T>
-  static TENFOLD_INLINE void add_group(const uint8_t* scales, const uint8_t* line, const Input* input,
-                                       Sums<V, T>& y) {
+  template <int V, int T, class Y>
+  static TENFOLD_INLINE void add_group(const uint8_t* scales, const uint8_t* line, const Input* input, Y& y) {
     Int4Sum sums[V][T];
     start(sums, input);
     unrolled<lines(Format::int4)>([&](auto i) TENFOLD_BODY {
@@ -105,11 +122,10 @@ struct Kernel<Format::int4> {
 template <>
 struct Kernel<Format::int8> {
   using Input = QuantizedInput;
-  static constexpr int kRegistersEach = 2;
+  static constexpr bool kGroupSums = true;  // that are added to others at the end of a group
 
-  template <int V, int T>
-  static TENFOLD_INLINE void add_group(const uint8_t* scales, const uint8_t* line, const Input* input,
-                                       Sums<V, T>& y) {
+  template <int V, int T, class Y>
+  static TENFOLD_INLINE void add_group(const uint8_t* scales, const uint8_t* line, const Input* input, Y& y) {
     Int8Sum sums[V][T];
     start(sums, input);
     unrolled<lines(Format::int8)>([&](auto i) TENFOLD_BODY {
@@ -124,7 +140,7 @@ struct Kernel<Format::int8> {
 template <>
 struct Kernel<Format::bf16> {
   using Input = Bf16Input;
-  static constexpr int kRegistersEach = 1;
+  static constexpr bool kGroupSums = false;
 
   template <int V, int T>
   static TENFOLD_INLINE void add_group(const uint8_t*, const uint8_t* line, const Input* input,
@@ -187,26 +203,34 @@ template <Format format, int V, int T>
 void add_groups(const Reading<format>& reading, const uint8_t* panel, int64_t from, int64_t to, int first,
                 float* out) {
   using K = Kernel<format>;
-  Sums<V, T> y;
-  const auto each_sum = [&](const auto& body) TENFOLD_BODY {
-    unrolled<V>([&](auto v) TENFOLD_BODY {
-      unrolled<T>([&](auto t) TENFOLD_BODY { body(y[v][t], out + t * kBlockRows + (first + v) * kLanes); });
-    });
-  };
-  each_sum([](F32& sum, const float* at) TENFOLD_BODY { sum = load(at); });
   const auto* input = reinterpret_cast<const typename K::Input*>(panel) + from * T;
-  for (int64_t g = from; g < to; ++g, input += T) {
-    if (reading.next) reading.template fetch_ahead<kVectors / V>(g, first / V);
-    const uint8_t* scales = reading.group(g);
-    K::template add_group<V, T>(scales + 2 * kLanes * first,
-                                scales + scale_bytes(format) + kVectorBytes * first, input, y);
+  const auto each_group = [&](auto& y) TENFOLD_BODY {
+    for (int64_t g = from; g < to; ++g, input += T) {
+      if (reading.next) reading.template fetch_ahead<kVectors / V>(g, first / V);
+      const uint8_t* scales = reading.group(g);
+      K::template add_group<V, T>(scales + 2 * kLanes * first,
+                                  scales + scale_bytes(format) + kVectorBytes * first, input, y);
+    }
+  };
+  if constexpr (K::kGroupSums && 2 * V * T > kMostSums) {
+    SumsInMemory y = {out + first * kLanes};
+    each_group(y);
+  } else {
+    Sums<V, T> y;
+    const auto each_sum = [&](const auto& body) TENFOLD_BODY {
+      unrolled<V>([&](auto v) TENFOLD_BODY {
+        unrolled<T>([&](auto t) TENFOLD_BODY { body(y[v][t], out + t * kBlockRows + (first + v) * kLanes); });
+      });
+    };
+    each_sum([](F32& sum, const float* at) TENFOLD_BODY { sum = load(at); });
+    each_group(y);
+    each_sum([](const F32& sum, float* at) TENFOLD_BODY { store(at, sum); });
   }
-  each_sum([](const F32& sum, float* at) TENFOLD_BODY { store(at, sum); });
 }
 
 template <Format format, int T>
 void multiply(const Reading<format>& reading, const uint8_t* panel, float* out) {
-  constexpr int V = tile_vectors(T, Kernel<format>::kRegistersEach);
+  constexpr int V = tile_vectors(T, Kernel<format>::kGroupSums ? kMostGroupSums : kMostSums);
   memset(out, 0, T * kBlockRows * sizeof(float));
   for (int64_t g = 0; g < reading.groups; g += kChunkGroups) {
     const int64_t end = g + kChunkGroups < reading.groups ? g + kChunkGroups : reading.groups;

@@ -46,6 +46,7 @@ class Generation:
     computed: int = 0
     hidden: Tensor | None = None  # `[D]`, of the last computed token
     undrafted: list[Tensor] = field(default_factory=list)  # `[T, D]`, of the last ones, that the draft module lacks
+    undrafted_rows: int = 0  # in all
     drafts: list[int] = field(default_factory=list)  # guesses that this step checks
     guessed: int = 0  # of them, that the constraint was told
     saves: list[int] = field(default_factory=list)  # slots for the states after the next token and after each of them
@@ -86,10 +87,6 @@ class Generation:
         return self.computed - self.undrafted_rows
 
     @property
-    def undrafted_rows(self) -> int:
-        return sum(map(len, self.undrafted))
-
-    @property
     def is_due(self) -> bool:
         """Whether a snapshot is to be made here."""
         return bool(self.points) and self.points[0] == self.computed
@@ -115,13 +112,15 @@ class Generation:
         self.pages, self.slot, self.computed = claim.pages, claim.slot, claim.length
         self.hidden = claim.hidden
         self.undrafted = [claim.hidden[None]] if claim.hidden is not None and self.drafts_follow else []
+        self.undrafted_rows = len(self.undrafted)
         self.points = points
         self.prompt_logprobs = []
 
     def stop_holding(self) -> None:
         """Its pages and slot are someone else's now."""
         self.pages, self.slot, self.computed = [], -1, 0
-        self.hidden, self.undrafted, self.points, self.drafts, self.saves = None, [], [], [], []
+        self.hidden, self.undrafted, self.undrafted_rows = None, [], 0
+        self.points, self.drafts, self.saves = [], [], []
 
     def advance(self, hidden: Tensor) -> None:
         """Tokens were computed: their hidden states `[T, D]`."""
@@ -132,6 +131,7 @@ class Generation:
             self.points = [point for point in self.points if point >= self.computed]
             if self.drafts_follow:
                 self.undrafted.append(hidden.clone())
+                self.undrafted_rows += len(hidden)
 
     def add_point(self, point: int, near: int) -> None:
         """Another request will go on from here, if there is no snapshot shortly before."""
@@ -196,7 +196,9 @@ class Generation:
         wanted, self.logprobs_wanted = self.logprobs_wanted, False
         return self.prompt_logprobs if wanted else None
 
-    def take_undrafted(self) -> Tensor:
-        """Rows for the draft module, `[T, D]`, which has them from now on."""
-        rows, self.undrafted = torch.cat(self.undrafted), []
-        return rows
+    def take_undrafted(self, keep: int) -> Tensor:
+        """Rows for the draft module, `[T, D]`, which has them from now on: all but the last `keep`."""
+        rows = torch.cat(self.undrafted)
+        count = len(rows) - keep
+        self.undrafted, self.undrafted_rows = [rows[count:].clone()] if keep else [], keep
+        return rows[:count]

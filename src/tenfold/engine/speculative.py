@@ -96,13 +96,10 @@ class Speculator:
         """Runs the module on all waiting rows but the last `keep` of each; its last hidden state for each."""
         spans, rows = [], []
         for generation in generations:
-            past, waiting = generation.drafted_length, generation.take_undrafted()
-            count = len(waiting) - keep
-            if keep:
-                generation.undrafted = [waiting[count:].clone()]
-            tokens = generation.tokens[past + 1 : past + 1 + count]
+            past, waiting = generation.drafted_length, generation.take_undrafted(keep)
+            tokens = generation.tokens[past + 1 : past + 1 + len(waiting)]
             spans.append(Span(tokens=tokens, slot=generation.slot, past=past, pages=generation.pages))
-            rows.append(waiting[:count])
+            rows.append(waiting)
         hidden = self._model.draft(spans, torch.cat(rows))
         return [part[-1] for part in hidden.split([len(row) for row in rows])]
 
