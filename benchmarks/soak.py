@@ -128,8 +128,7 @@ class Soak:
 
     async def client(self, url: str, chance: random.Random) -> None:
         """One request after the other."""
-        limits = httpx.Limits(max_connections=4)
-        async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as http:
+        async with client_of(url) as http:
             while time.monotonic() < self.until:
                 began_killed = self.record.killed
                 try:
@@ -154,7 +153,7 @@ class Soak:
             return await self.send_garbage(http, chance)
         body = self.request(chance)
         if kind < 0.2:
-            return await self.vanish(http, body)
+            return await self.vanish(http.base_url, body)
         answer = await ask(http, body, chance.randrange(20) if kind < 0.4 else None)
         if answer is None:
             return "hung up"
@@ -188,12 +187,14 @@ class Soak:
             self.record.faults.append(f"garbage {content[:40]!r} got {response.status_code} {response.text[:80]!r}")
         return f"garbage, {response.status_code}"
 
-    async def vanish(self, http: httpx.AsyncClient, body: dict[str, Any]) -> str:
-        """Sends a request and closes the connection before the answer, at once or a little later."""
-        with_reader = asyncio.create_task(ask(http, body))
-        await asyncio.sleep(self.chance.random() / 10)
-        with_reader.cancel()
-        await asyncio.gather(with_reader, return_exceptions=True)
+    async def vanish(self, url: httpx.URL, body: dict[str, Any]) -> str:
+        """Sends a request and closes the connection before the answer, at once or a little later. A client that is
+        cancelled may lose a connection of its pool for good, so this one is used for nothing else."""
+        async with client_of(url) as http:
+            with_reader = asyncio.create_task(ask(http, body))
+            await asyncio.sleep(self.chance.random() / 10)
+            with_reader.cancel()
+            await asyncio.gather(with_reader, return_exceptions=True)
         return "vanished"
 
     # ---- afterwards
@@ -206,6 +207,12 @@ class Soak:
                 if answer is None or answer.text != text:
                     self.record.faults.append(f"another answer from the {name} server: {answer and answer.text[:60]!r}")
         self.record.ends[f"asked again, {name}"] = len(self.record.answers)
+
+
+def client_of(url: httpx.URL | str) -> httpx.AsyncClient:
+    """It waits as long as it takes, but not for a connection: those are its own."""
+    timeout = httpx.Timeout(None, pool=60)
+    return httpx.AsyncClient(base_url=url, timeout=timeout, limits=httpx.Limits(max_connections=4))
 
 
 def growth(rss: Sequence[float]) -> float:

@@ -30,15 +30,17 @@ class Speculator:
 
     def draft(self, work: Sequence[Work]) -> None:
         """Guesses what follows the one token that a decoding generation has to compute, for each that gains by it."""
+        alone = [part.generation for part in work if part.count == part.generation.remaining == 1]
+        deciding = [generation for generation in alone if generation.undrafted and generation.room > 1]
+        if not deciding:
+            return
         answers = sum(part.count == part.generation.remaining for part in work)
         tokens = sum(part.count for part in work)
-        drafting = []
-        for part in work:
-            generation = part.generation
+        for generation in deciding:
             most = min(self._most, generation.room - 1)
-            if generation.remaining == part.count == 1 and generation.undrafted and most > 0:
-                self._make_room(generation, generation.draft_length.choose(tokens, answers, most))
-                drafting += [generation] if generation.saves else []
+            if drafts := generation.draft_length.choose(tokens, answers, most):
+                self._make_room(generation, drafts)
+        drafting = [generation for generation in deciding if generation.saves]
         if drafting:
             self._chain(drafting)
         for generation in drafting:
