@@ -149,7 +149,7 @@ def _tokens(model: NativeModel, count: int) -> list[int]:
 @torch.no_grad()
 def measure_round(model: NativeModel, prompt: Sequence[int], answer: Sequence[int]) -> tuple[float, float]:
     """Tokens a second in prefill and in decoding; what is decoded is given, and not chosen."""
-    cache = model.new_cache()
+    cache = model.new_cache(len(prompt) + len(answer))
     start = time.perf_counter()
     model.next_logits(prompt, cache)
     read = time.perf_counter()

@@ -91,7 +91,7 @@ def profile(model: NativeModel, prompt: Sequence[int], answer: Sequence[int]) ->
 
     Noting times takes a little itself: some microseconds a layer.
     """
-    limits, cache = Limits(), model.new_cache()
+    limits, cache = Limits(), model.new_cache(len(prompt) + len(answer))
 
     def decode() -> None:
         for token in answer:

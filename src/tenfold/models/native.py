@@ -184,9 +184,9 @@ class NativeModel:
 
     # ---- one sequence --------------------------------------------------------------------------------------
 
-    def new_cache(self) -> NativeCache:
-        """An empty cache for one sequence."""
-        return NativeCache(self.config, KV_FORMATS[self.kv_format])
+    def new_cache(self, room: int = 0) -> NativeCache:
+        """An empty cache for one sequence, with room for so many tokens; it grows beyond."""
+        return NativeCache(self.config, KV_FORMATS[self.kv_format], room)
 
     def next_logits(self, tokens: Sequence[int], cache: NativeCache) -> Tensor:
         """Logits fp32 `[vocab]` after tokens that follow those in the cache, which is advanced."""

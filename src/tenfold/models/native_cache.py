@@ -114,10 +114,11 @@ class Pool:
 class NativeCache:
     """A pool for one sequence, which grows with it. Keys and values are of `dtype`: fp32, fp16, bf16 or int8."""
 
-    def __init__(self, config: Config, dtype: torch.dtype = torch.float16) -> None:
+    def __init__(self, config: Config, dtype: torch.dtype = torch.float16, room: int = 0) -> None:
+        """room: tokens that are expected; beyond them it grows by doubling, which copies it."""
         self.length = 0  # tokens seen
         self.pool = Pool(config, dtype, drafts=False)
-        self._grow(FIRST_PAGES)
+        self._grow(max(FIRST_PAGES, -(-room // PAGE)))
 
     def next_batch(self, tokens: int, rotation: cpu.Rotation) -> cpu.Batch:
         """Makes room for the next tokens, and describes them to the kernels."""
