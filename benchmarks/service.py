@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -152,63 +152,44 @@ def chat_body(messages: Messages, max_tokens: int, **fields: Any) -> dict[str, A
 
 
 async def ask(client: httpx.AsyncClient, body: Mapping[str, Any], hang_up_after: int | None = None) -> Answer | None:
-    """The answer to a request for a stream; None where we hung up, after so many pieces of it.
+    """The answer to a request for a stream; None where we hung up, after so many events.
 
-    Raises Refused, and Lost where it ended without a word. What comes after the first text is read when all is there:
-    the server is on the same cores.
+    Raises Refused, and Lost where it ended without a word.
     """
-    sent, first, pieces = time.perf_counter(), 0.0, list[bytes]()
+    sent = time.perf_counter()
+    first, text, finish, usage, events = 0.0, "", "", dict[str, Any](), 0
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             await response.aread()
             raise Refused(response.status_code, _message(response))
-        async for piece in response.aiter_raw():
-            if len(pieces) == hang_up_after:
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            if events == hang_up_after:
                 return None
-            pieces.append(piece)
-            if not first and _Story.of(pieces).text:
-                first = time.perf_counter()
-    end, story = time.perf_counter(), _Story.of(pieces)
-    if not story.finish:
-        raise Lost(f"the stream ended after {len(pieces)} pieces without a finish")
-    usage = story.usage
+            events += 1
+            chunk = json.loads(line[6:])
+            if "error" in chunk:
+                raise Refused(200, str(chunk["error"]["message"]))
+            usage = chunk.get("usage") or usage
+            for choice in chunk.get("choices", ()):
+                delta = choice.get("delta", {})
+                text += delta.get("reasoning_content") or delta.get("content") or ""
+                finish = choice.get("finish_reason") or finish
+            first = first or (time.perf_counter() if text else 0.0)
+    if not finish:
+        raise Lost(f"the stream ended after {events} events without a finish")
+    end = time.perf_counter()
     return Answer(
         sent=sent,
         first=first or end,
         end=end,
-        text=story.text,
-        finish=story.finish,
+        text=text,
+        finish=finish,
         prompt_tokens=usage.get("prompt_tokens", 0),
         cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
         completion_tokens=usage.get("completion_tokens", 0),
     )
-
-
-@dataclass(kw_only=True)
-class _Story:
-    """What a stream has told."""
-
-    text: str = ""
-    finish: str = ""
-    usage: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, pieces: Sequence[bytes]) -> _Story:
-        """Raises Refused where it told an error."""
-        story = cls()
-        for line in b"".join(pieces).splitlines(keepends=True):
-            if line.startswith(b"data: {") and line.endswith(b"\n"):
-                story._add(json.loads(line[6:]))
-        return story
-
-    def _add(self, chunk: Mapping[str, Any]) -> None:
-        if "error" in chunk:
-            raise Refused(200, str(chunk["error"]["message"]))
-        self.usage = chunk.get("usage") or self.usage
-        for choice in chunk.get("choices", ()):
-            delta = choice.get("delta", {})
-            self.text += delta.get("reasoning_content") or delta.get("content") or ""
-            self.finish = choice.get("finish_reason") or self.finish
 
 
 def _message(response: httpx.Response) -> str:
