@@ -6,9 +6,9 @@ namespace {
 constexpr int kVectors = kBlockRows / kLanes;  // that hold a value for each row of a block
 constexpr int kVectorBytes = 4 * kLanes;
 
-constexpr int kMostSums = 2 * kPanelTokens;  // that registers hold
-constexpr int kMostGroupSums =
-    kRegisters == 32 ? 16 : 12;  // beside what weights and inputs take on their way
+// Sums that registers hold; those of a group share them with weights and inputs on their way.
+constexpr int kMostSums = 2 * kPanelTokens;
+constexpr int kMostGroupSums = kRegisters == 32 ? 16 : 12;
 
 // How many of a block's vectors a tile takes at once: as many as leave a register for each of its sums.
 constexpr int tile_vectors(int tokens, int most) {
