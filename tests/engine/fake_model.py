@@ -135,6 +135,9 @@ class FakeModel:
             out += self._draft(span, [rows.pop(0) for _ in span.tokens])
         return to_hidden(out)
 
+    def follow(self, spans: Sequence[Span], hidden: Tensor) -> None:
+        self.draft(spans, hidden)
+
     def _draft(self, span: Span, rows: list[int]) -> list[int]:
         computed = int(self._slots[span.slot, 0])
         self._check(span, computed)

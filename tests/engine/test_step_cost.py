@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tenfold.engine.step_cost import PATIENCE, PROBE, Acceptance, DraftLength, StepCost
+from tenfold.engine.step_cost import HOLD, LOOK, PATIENCE, PROBE, Acceptance, DraftLength, Patience, StepCost
 
 
 def costs(seconds: dict[int, float], draft: float) -> StepCost:
@@ -17,8 +17,12 @@ def costs(seconds: dict[int, float], draft: float) -> StepCost:
 
 def settled(share: float, found: StepCost) -> DraftLength:
     """For a request that has had many drafts accepted at that share."""
-    length = DraftLength(found, Acceptance(share, trials=100))
-    return length
+    return DraftLength(found, Acceptance(share, trials=100), Patience())
+
+
+def decided(length: DraftLength, step_tokens: int = 1) -> int:
+    """The number of drafts, once the steps have been seen without."""
+    return [length.choose(step_tokens, answers=step_tokens, most=4) for _ in range(HOLD + 1)][-1]
 
 
 def test_seconds_between_and_beyond_what_was_measured() -> None:
@@ -54,14 +58,12 @@ def test_the_size_of_a_step_within_a_time() -> None:
     ],
 )
 def test_drafts_are_made_where_they_pay(share: float, step: dict[int, float], draft: float, expected: int) -> None:
-    assert settled(share, costs(step, draft)).choose(step_tokens=1, answers=1, most=4) == expected
+    assert decided(settled(share, costs(step, draft))) == expected
 
 
 def test_a_full_batch_drafts_less() -> None:
     found = costs({1: 1.0, 4: 1.3, 8: 3.0, 12: 5.0}, draft=0.02)
-    alone = settled(0.7, found).choose(step_tokens=1, answers=1, most=4)
-    crowded = settled(0.7, found).choose(step_tokens=8, answers=8, most=4)
-    assert alone > crowded == 0
+    assert decided(settled(0.7, found)) > decided(settled(0.7, found), step_tokens=8) == 0
 
 
 def test_what_does_not_pay_is_tried_again_ever_more_rarely() -> None:
@@ -80,6 +82,36 @@ def test_a_probe_that_succeeds_turns_drafts_on_again() -> None:
         chosen.append(length.choose(step_tokens=1, answers=1, most=4))
         length.observe(chosen[-1], chosen[-1])
     assert chosen[0] == 0 and chosen[-1] == 4
+
+
+def test_requests_that_do_without_share_their_patience() -> None:
+    """However short they are, one of them probes in the end, and the others don't."""
+    found, everyone, patience = costs({1: 1.0, 5: 2.0}, draft=0.3), Acceptance(0.05, trials=100), Patience()
+    drafts = []
+    for _ in range(2 * PATIENCE[0] // LOOK):
+        length = DraftLength(found, everyone, patience)
+        drafts.append(sum(length.choose(step_tokens=1, answers=1, most=4) for _ in range(LOOK)))
+    assert drafts == [*[0] * (PATIENCE[0] // LOOK), PROBE, *[0] * (PATIENCE[0] // LOOK - 1)]
+
+
+def test_a_step_that_was_held_up_changes_little() -> None:
+    found = costs({1: 1.0, 2: 1.2}, draft=0.1)
+    for _ in range(20):
+        found.observe(1, 1.0)
+    found.observe(1, 500.0)
+    assert found.seconds(1) < 1.5
+
+
+def test_a_machine_that_slows_down_slows_all_steps() -> None:
+    found = StepCost()
+    for _ in range(20):
+        found.observe(1, 1.0)
+        found.observe(3, 2.0)
+        found.observe_draft(0.5)
+    for _ in range(50):
+        found.observe(3, 4.0)
+    measured = [found.seconds(3), found.seconds(1), found.draft_seconds]
+    assert measured == pytest.approx([4.0, 2.0, 1.0], rel=0.15)
 
 
 def test_acceptance_counts_what_was_reached() -> None:

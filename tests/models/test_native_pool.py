@@ -313,6 +313,16 @@ def test_drafts_have_the_same_bits_in_any_cuts_and_company(shared_model: NativeM
     assert torch.equal(torch.cat(cut), whole)
 
 
+def test_what_only_follows_leaves_the_keys_and_values_of_drafts(shared_model: NativeModel) -> None:
+    model, tokens = shared_model, random_tokens(33)
+    hidden = alone(model, tokens)
+    model.follow([Span(tokens=tokens[1:], slot=0, past=0, pages=[3, 4])], hidden[:-1])
+    model.draft([Span(tokens=tokens[1:], slot=0, past=0, pages=[5, 6])], hidden[:-1])
+    last = [Span(tokens=[7], slot=0, past=32, pages=pages) for pages in ([3, 4], [5, 6])]
+    after_following, after_drafting = (model.draft([span], hidden[-1:]) for span in last)
+    assert torch.equal(after_following, after_drafting)
+
+
 def test_drafting_leaves_the_body_alone(shared_model: NativeModel) -> None:
     """Its keys and values lie in the same pages, but not where the body's do."""
     model, tokens = shared_model, random_tokens(40)

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -19,10 +20,10 @@ from tenfold.engine.llm import check_prompt, eos_ids
 from tenfold.engine.logprobs import logprobs
 from tenfold.engine.model_runner import EngineModel, Span
 from tenfold.engine.request import FinishReason, Request, Update
-from tenfold.engine.sampler import Sampler
+from tenfold.engine.sampler import Floats, Sampler
 from tenfold.engine.scheduler import Scheduler, Work
 from tenfold.engine.speculative import Speculator
-from tenfold.engine.step_cost import Acceptance, DraftLength, StepCost
+from tenfold.engine.step_cost import Acceptance, DraftLength, Patience, StepCost
 from tenfold.engine.stopping import Stopping, Verdict
 from tenfold.engine.structure import Constraint, Structure, StructureCompiler
 from tenfold.tokenizer import Tokenizer
@@ -113,7 +114,7 @@ class Engine:
         self._cache = PrefixCache(model, self.budget.pages, self.budget.slots, self._drafts)
         buffer = self.budget.disk_buffer
         self._disk = DiskCache(model, self._cache, disk, settings.disk_bytes, buffer) if disk else None
-        self._costs, self._acceptance = StepCost(), Acceptance()
+        self._costs, self._acceptance, self._patience = StepCost(), Acceptance(), Patience()
         self._speculator = Speculator(model, self._cache, self._costs, settings.max_drafts)
         self._scheduler = Scheduler(self._cache, settings.max_batch, self._find, self._park)
         self._generations: dict[int, Generation] = {}
@@ -153,7 +154,7 @@ class Engine:
             stopping=Stopping(stops, strings=params.stop, decoder=decoder, min_tokens=params.min_tokens),
             stop_ids=stops,
             constraint=self._constraint(params.structure) if params.structure else None,
-            draft_length=DraftLength(self._costs, self._acceptance),
+            draft_length=DraftLength(self._costs, self._acceptance, self._patience),
             last_token=min(self.context, len(request.prompt_ids) + params.max_tokens),
             drafts_follow=self._drafts,
             stored=self._disk.find(request.isolation, request.prompt_ids) if self._disk else [],
@@ -211,24 +212,24 @@ class Engine:
     def _run(self) -> None:
         if self._disk:
             self._disk.receive()
+        started = time.perf_counter()
         work = self._scheduler.plan(self._step_tokens())
         if not work:
             if self._disk:
                 self._disk.wait()
             return
         self._stats.steps += 1
-        self._speculator.draft(work)
-        started = time.perf_counter()
+        started += self._speculator.draft(work)  # which has a measurement of its own
         hidden = self._forward(work)
         drawing = [index for index, part in enumerate(work) if part.count == part.generation.remaining]
         logits = self._logits([self._rows(work[index].generation, hidden[index]) for index in drawing])
-        if tokens := sum(map(len, hidden)):
-            self._costs.observe(tokens, time.perf_counter() - started)
         for part, rows in zip(work, hidden, strict=True):
             self._note_prompt_logprobs(part.generation, rows)
         tables = dict(zip(drawing, logits, strict=True))
         for index, part in enumerate(work):
             self._advance(part, hidden[index], tables.get(index))
+        if tokens := sum(map(len, hidden)):
+            self._costs.observe(tokens, time.perf_counter() - started)
         self._close_step([part.generation for part in work])
 
     def _step_tokens(self) -> int:
@@ -253,12 +254,17 @@ class Engine:
         if len(hidden):
             return hidden[-1 - len(generation.drafts) :]
         assert generation.hidden is not None
-        return generation.hidden[None]
+        return generation.hidden
 
-    def _logits(self, rows: Sequence[Tensor]) -> Sequence[Tensor]:
-        return self.model.logits(torch.cat(list(rows))).split([len(part) for part in rows]) if rows else ()
+    def _logits(self, rows: Sequence[Tensor]) -> Sequence[Floats]:
+        """fp32 `[1 + drafts, vocab]` for each."""
+        if not rows:
+            return ()
+        logits = self.model.logits(torch.cat(list(rows))).numpy()
+        ends = accumulate(len(part) for part in rows)
+        return [logits[end - len(part) : end] for part, end in zip(rows, ends, strict=True)]
 
-    def _advance(self, part: Work, hidden: Tensor, logits: Tensor | None) -> None:
+    def _advance(self, part: Work, hidden: Tensor, logits: Floats | None) -> None:
         """The state moves on over what was right of the step; tokens are drawn where the prompt is through."""
         generation = part.generation
         try:
@@ -270,7 +276,7 @@ class Engine:
         self._speculator.settle(generation, computed)
         generation.advance(hidden[:computed])
 
-    def _draw(self, generation: Generation, logits: Tensor) -> int:
+    def _draw(self, generation: Generation, logits: Floats) -> int:
         """Tokens from logits `[1 + drafts, vocab]`, as long as the drafts are what is drawn: how many were."""
         drafts, right, tokens, text = generation.drafts, 0, [], ""
         verdict = Verdict(finish=None if generation.room else "length")
@@ -302,7 +308,7 @@ class Engine:
         return right
 
     @staticmethod
-    def _note_logprobs(generation: Generation, logits: Tensor, token: int) -> None:
+    def _note_logprobs(generation: Generation, logits: Floats, token: int) -> None:
         count = generation.request.params.logprobs
         if count is not None:
             generation.logprobs.append(logprobs(logits, token, count))
@@ -364,7 +370,7 @@ class Engine:
         if generation.hidden is None:
             return self._drop(generation)
         isolation, tokens = generation.request.isolation, generation.tokens[: generation.computed]
-        snapshot = self._cache.insert(isolation, tokens, generation.pages, generation.slot, generation.hidden, final)
+        snapshot = self._cache.insert(isolation, tokens, generation.pages, generation.slot, generation.hidden[0], final)
         if snapshot and self._disk:
             self._disk.note(snapshot, isolation, tokens)
         if final:
@@ -472,5 +478,5 @@ def _span(part: Work) -> Span:
         slot=generation.slot,
         past=past,
         pages=generation.pages,
-        saves=generation.saves,
+        saves=[*generation.saves, generation.slot] if generation.saves else (),
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from tenfold.engine.cache_manager import Claim
 from tenfold.engine.disk_cache import Stored
 from tenfold.engine.request import FinishReason, Request, TokenLogprob, Usage
-from tenfold.engine.sampler import Sampler
+from tenfold.engine.sampler import Floats, Sampler
 from tenfold.engine.step_cost import DraftLength
 from tenfold.engine.stopping import Stopping, Verdict
 from tenfold.engine.structure import Constraint
@@ -44,12 +44,12 @@ class Generation:
     pages: list[int] = field(default_factory=list)
     slot: int = -1
     computed: int = 0
-    hidden: Tensor | None = None  # `[D]`, of the last computed token
+    hidden: Tensor | None = None  # `[1, D]`, of the last computed token
     undrafted: list[Tensor] = field(default_factory=list)  # `[T, D]`, of the last ones, that the draft module lacks
     undrafted_rows: int = 0  # in all
     drafts: list[int] = field(default_factory=list)  # guesses that this step checks
     guessed: int = 0  # of them, that the constraint was told
-    saves: list[int] = field(default_factory=list)  # slots for the states after the next token and after each of them
+    saves: list[int] = field(default_factory=list)  # slots for the states before each of them
     points: list[int] = field(default_factory=list)  # where a snapshot is to be made, ascending
 
     def __post_init__(self) -> None:
@@ -110,8 +110,8 @@ class Generation:
         """Goes on from what the cache has."""
         self.stored = None
         self.pages, self.slot, self.computed = claim.pages, claim.slot, claim.length
-        self.hidden = claim.hidden
-        self.undrafted = [claim.hidden[None]] if claim.hidden is not None and self.drafts_follow else []
+        self.hidden = None if claim.hidden is None else claim.hidden[None]
+        self.undrafted = [self.hidden] if self.hidden is not None and self.drafts_follow else []
         self.undrafted_rows = len(self.undrafted)
         self.points = points
         self.prompt_logprobs = []
@@ -127,10 +127,10 @@ class Generation:
         if len(hidden):
             self.first_computed = self.cached
             self.computed += len(hidden)
-            self.hidden = hidden[-1].clone()  # a view would keep the whole step's
+            self.hidden = hidden[-1:].clone()  # a view would keep the whole step's
             self.points = [point for point in self.points if point >= self.computed]
             if self.drafts_follow:
-                self.undrafted.append(hidden.clone())
+                self.undrafted.append(hidden.clone() if len(hidden) > 1 else self.hidden)
                 self.undrafted_rows += len(hidden)
 
     def add_point(self, point: int, near: int) -> None:
@@ -138,13 +138,13 @@ class Generation:
         if not any(point - near < other <= point for other in self.points):
             self.points = sorted([*self.points, point])
 
-    def draw(self, logits: Tensor, ahead: Sequence[int] = ()) -> int:
+    def draw(self, logits: Floats, ahead: Sequence[int] = ()) -> int:
         """The token behind the answer and `ahead`, given logits `[vocab]`. Raises ValueError where there is none."""
         answer = [*self.answer, *ahead] if ahead else self.answer
         mask = self.constraint.mask() if self.constraint else None
         return self.sampler.sample(logits, len(answer), answer, mask)
 
-    def guess(self, logits: Tensor) -> bool:
+    def guess(self, logits: Floats) -> bool:
         """Draws one more draft; False where nothing can follow it."""
         try:
             token = self.draw(logits, self.drafts)
@@ -198,7 +198,7 @@ class Generation:
 
     def take_undrafted(self, keep: int) -> Tensor:
         """Rows for the draft module, `[T, D]`, which has them from now on: all but the last `keep`."""
-        rows = torch.cat(self.undrafted)
+        rows = torch.cat(self.undrafted) if len(self.undrafted) > 1 else self.undrafted[0]
         count = len(rows) - keep
         self.undrafted, self.undrafted_rows = [rows[count:].clone()] if keep else [], keep
         return rows[:count]

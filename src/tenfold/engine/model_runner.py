@@ -17,7 +17,7 @@ class Span:
 
     slot: where its recurrent state lies, which is advanced; a new sequence's has been cleared. pages: those that hold
     the past and will hold the new tokens, in order, `model.page_tokens` each. saves: where the state after each of
-    the last `len(saves)` tokens is written as well (how drafts are taken back).
+    the last `len(saves)` tokens is written as well, the last may be `slot` (how drafts are taken back).
     """
 
     tokens: Sequence[int]
@@ -55,6 +55,10 @@ class EngineModel(Protocol):
         The token at i of a span goes with the hidden state of the token before it, row i of `hidden` `[T, D]`;
         `past` counts from the second token of the sequence. The same pages hold its keys and values.
         """
+        ...
+
+    def follow(self, spans: Sequence[Span], hidden: Tensor) -> None:
+        """As `draft`, where no token is guessed behind these: keys and values are all that it leaves."""
         ...
 
     def clear_state(self, slot: int) -> None:

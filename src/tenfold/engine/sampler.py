@@ -14,6 +14,7 @@ from tenfold.engine.structure import Structure
 
 Floats = NDArray[np.floating]
 Ids = NDArray[np.int64]
+Logits = Tensor | Floats
 
 GREEDY_BELOW = 1e-5  # a temperature under this divides by next to nothing: the likeliest token is taken
 MOST_LOGPROBS = 100
@@ -115,7 +116,7 @@ class Sampler:
         self._penalises = not off
 
     def sample(
-        self, logits: Tensor, position: int, answer_ids: Sequence[int] = (), mask: NDArray[np.bool_] | None = None
+        self, logits: Logits, position: int, answer_ids: Sequence[int] = (), mask: NDArray[np.bool_] | None = None
     ) -> int:
         """The token at a position of the answer (0 is its first), given logits `[vocab]` of any dtype and device.
 
@@ -140,9 +141,9 @@ class Sampler:
         return _draw_any(logs, noise)
 
     def _scores(
-        self, logits: Tensor, position: int, answer_ids: Sequence[int], mask: NDArray[np.bool_] | None
+        self, logits: Logits, position: int, answer_ids: Sequence[int], mask: NDArray[np.bool_] | None
     ) -> Floats:
-        scores = logits.detach().float().cpu().numpy()
+        scores = as_array(logits)
         held_back = position < self.params.min_tokens
         if mask is None and not (held_back or self._biased.size or self._penalises):
             return scores
@@ -174,6 +175,11 @@ class Sampler:
             before = scores[seen]
             scores[seen] = np.where(before > 0, before / repetition, before * repetition)
         scores[answered] -= self.params.frequency_penalty * counts + self.params.presence_penalty
+
+
+def as_array(logits: Logits) -> Floats:
+    """Of a tensor in fp32; not copied where it is that already, on the CPU."""
+    return logits.detach().float().cpu().numpy() if isinstance(logits, Tensor) else logits
 
 
 # ---- filters -----------------------------------------------------------------------------------------------

@@ -56,6 +56,14 @@ class DecoderLayer:
         cpu.mix(self._mixer, residual, memory.handle, batch)
         cpu.feed_forward(self._feed_forward, residual)
 
+    def mix(self, residual: cpu.Residual, memory: KeyValueMemory | RecurrentMemory, batch: cpu.Batch) -> None:
+        """The first half, with which the memory has the tokens."""
+        cpu.mix(self._mixer, residual, memory.handle, batch)
+
+    def feed_forward(self, residual: cpu.Residual) -> None:
+        """The second half."""
+        cpu.feed_forward(self._feed_forward, residual)
+
     def bytes_per_token(self) -> int:
         """Bytes of weights that one token reads: of the experts, the chosen and the shared ones."""
         experts, config = self.packed.experts, self._config
@@ -119,9 +127,22 @@ class MultiTokenPrediction:
         batch: cpu.Batch,
     ) -> Tensor:
         """For tokens, of which these are the embeddings, and hidden states `[T, D]`; `[T, D]`."""
-        residual = cpu.embed_drafts(self._input, embedding, tokens, hidden)
-        self._layer(residual, memory, batch)
+        residual = self.follow(embedding, tokens, hidden, memory, batch)
+        self._layer.feed_forward(residual)
         return cpu.normalized(residual, self._norm)
+
+    def follow(
+        self,
+        embedding: Sequence[cpu.PackedLinear],
+        tokens: Sequence[int],
+        hidden: Tensor,
+        memory: KeyValueMemory | RecurrentMemory,
+        batch: cpu.Batch,
+    ) -> cpu.Residual:
+        """As far as its memory goes."""
+        residual = cpu.embed_drafts(self._input, embedding, tokens, hidden)
+        self._layer.mix(residual, memory, batch)
+        return residual
 
 
 class Span(Protocol):
@@ -231,6 +252,11 @@ class NativeModel:
         assert self.mtp is not None, "the configuration has no MTP module"
         memory, batch = self._pool.layers[-1], self._batch(spans)
         return self.mtp(self.embedding, tokens_of(spans), hidden, memory, batch)
+
+    def follow(self, spans: Sequence[Span], hidden: Tensor) -> None:
+        """As `draft`, where no token is guessed behind these: keys and values are all that it leaves."""
+        assert self.mtp is not None, "the configuration has no MTP module"
+        self.mtp.follow(self.embedding, tokens_of(spans), hidden, self._pool.layers[-1], self._batch(spans))
 
     def _batch(self, spans: Sequence[Span]) -> cpu.Batch:
         ends = [span.past + len(span.tokens) for span in spans]
