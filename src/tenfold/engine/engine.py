@@ -289,7 +289,7 @@ class Engine:
             if verdict.finish == "stop" or right == len(drafts) or token != drafts[right]:
                 break
             right += 1
-        generation.note_drafts(len(drafts), right)
+        generation.note_drafts(right)
         generation.finish = verdict.finish
         by_token = isinstance(verdict.stopped_by, int)
         self._updates.append(

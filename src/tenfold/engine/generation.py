@@ -11,7 +11,7 @@ from torch import Tensor
 from tenfold.engine.cache_manager import Claim
 from tenfold.engine.disk_cache import Stored
 from tenfold.engine.request import FinishReason, Request, TokenLogprob, Usage
-from tenfold.engine.sampler import Floats, Sampler
+from tenfold.engine.sampler import Floats, Sampler, probability
 from tenfold.engine.step_cost import DraftLength
 from tenfold.engine.stopping import Stopping, Verdict
 from tenfold.engine.structure import Constraint
@@ -48,6 +48,7 @@ class Generation:
     undrafted: list[Tensor] = field(default_factory=list)  # `[T, D]`, of the last ones, that the draft module lacks
     undrafted_rows: int = 0  # in all
     drafts: list[int] = field(default_factory=list)  # guesses that this step checks
+    probabilities: list[float] = field(default_factory=list)  # that the draft module gave them
     guessed: int = 0  # of them, that the constraint was told
     saves: list[int] = field(default_factory=list)  # slots for the states before each of them
     points: list[int] = field(default_factory=list)  # where a snapshot is to be made, ascending
@@ -120,7 +121,7 @@ class Generation:
         """Its pages and slot are someone else's now."""
         self.pages, self.slot, self.computed = [], -1, 0
         self.hidden, self.undrafted, self.undrafted_rows = None, [], 0
-        self.points, self.drafts, self.saves = [], [], []
+        self.points, self.drafts, self.probabilities, self.saves = [], [], [], []
 
     def advance(self, hidden: Tensor) -> None:
         """Tokens were computed: their hidden states `[T, D]`."""
@@ -140,12 +141,12 @@ class Generation:
 
     def draw(self, logits: Floats, ahead: Sequence[int] = ()) -> int:
         """The token behind the answer and `ahead`, given logits `[vocab]`. Raises ValueError where there is none."""
-        answer = [*self.answer, *ahead] if ahead else self.answer
+        answer = [*self.answer, *ahead] if ahead and self.sampler.penalises else self.answer
         mask = self.constraint.mask() if self.constraint else None
-        return self.sampler.sample(logits, len(answer), answer, mask)
+        return self.sampler.sample(logits, len(self.answer) + len(ahead), answer, mask)
 
     def guess(self, logits: Floats) -> bool:
-        """Draws one more draft; False where nothing can follow it."""
+        """Draws one more draft; False where nothing can follow it, or another one would not pay."""
         try:
             token = self.draw(logits, self.drafts)
             if self.constraint and token not in self.stop_ids:
@@ -154,7 +155,8 @@ class Generation:
         except ValueError:  # the draft module's logits do not make it the request's error
             return False
         self.drafts.append(token)
-        return token not in self.stop_ids
+        self.probabilities.append(probability(logits, token))
+        return token not in self.stop_ids and self.draft_length.goes_on(self.probabilities[-1])
 
     def take_back_guesses(self) -> None:
         """The constraint stands at the end of the answer again."""
@@ -182,10 +184,13 @@ class Generation:
             stopped_by=rest.stopped_by,
         )
 
-    def note_drafts(self, drafted: int, accepted: int) -> None:
-        self.drafted += drafted
-        self.accepted += accepted
-        self.draft_length.observe(drafted, accepted)
+    def note_drafts(self, accepted: int) -> None:
+        """So many of the first are right."""
+        if self.drafts:
+            self.drafted += len(self.drafts)
+            self.accepted += accepted
+            self.draft_length.observe(self.probabilities, accepted)
+            self.probabilities = []
 
     def take_logprobs(self, count: int) -> list[list[TokenLogprob]]:
         taken, self.logprobs = self.logprobs[:count], self.logprobs[count:]

@@ -113,7 +113,7 @@ class Sampler:
         self._biased = np.asarray([*params.logit_bias], np.int64)
         self._bias = np.asarray([*params.logit_bias.values()], np.float64)
         off = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) == (1, 0, 0)
-        self._penalises = not off
+        self.penalises = not off  # and has to know the answer
 
     def sample(
         self, logits: Logits, position: int, answer_ids: Sequence[int] = (), mask: NDArray[np.bool_] | None = None
@@ -145,7 +145,7 @@ class Sampler:
     ) -> Floats:
         scores = as_array(logits)
         held_back = position < self.params.min_tokens
-        if mask is None and not (held_back or self._biased.size or self._penalises):
+        if mask is None and not (held_back or self._biased.size or self.penalises):
             return scores
         scores = scores.copy()  # the logits are someone else's
         if mask is not None:
@@ -156,7 +156,7 @@ class Sampler:
             self._hold_back_stops(scores)
         if self._biased.size:
             scores[self._biased] += self._bias
-        if self._penalises:
+        if self.penalises:
             self._penalise(scores, answer_ids)
         return scores
 
@@ -180,6 +180,12 @@ class Sampler:
 def as_array(logits: Logits) -> Floats:
     """Of a tensor in fp32; not copied where it is that already, on the CPU."""
     return logits.detach().float().cpu().numpy() if isinstance(logits, Tensor) else logits
+
+
+def probability(logits: Floats, token: int) -> float:
+    """Of a token, by logits `[vocab]` as they are."""
+    with np.errstate(over="ignore"):  # to infinity, where it is next to 0
+        return 1 / float(np.exp(logits - logits[token]).sum())
 
 
 # ---- filters -----------------------------------------------------------------------------------------------
