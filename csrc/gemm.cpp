@@ -40,6 +40,14 @@ void store_tile(const float* y, const Rows& out, int64_t token, int tokens, int6
   }
 }
 
+// What store_tile is going to write.
+void fetch_tile(const Rows& out, int64_t token, int tokens, int64_t row) {
+  const int64_t size = out.dtype == DType::f32 ? sizeof(float) : sizeof(bf16);
+  for (int t = 0; t < tokens; ++t) {
+    fetch_to_write(static_cast<char*>(out.data) + ((token + t) * out.stride + row) * size, kBlockRows * size);
+  }
+}
+
 void multiply_rows(const Product& product, const Parts& panels, const uint8_t* inputs, int64_t weight,
                    int64_t block) {
   const PackedMatrix& w = product.weights[weight];
@@ -52,6 +60,7 @@ void multiply_rows(const Product& product, const Parts& panels, const uint8_t* i
     const uint8_t* panel =
         inputs + first * groups(product) * static_cast<int64_t>(group_input_bytes(product));
     const uint8_t* next = p == 0 ? rows + block_bytes(w.format, w.cols) : nullptr;
+    fetch_tile(out, first, tokens, block * kBlockRows);
     multiply_block(w.format, rows, next, panel, tokens, groups(product), y);
     const auto store = out.dtype == DType::f32 ? store_tile<float> : store_tile<bf16>;
     store(y, out, first, tokens, block * kBlockRows);

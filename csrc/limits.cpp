@@ -55,11 +55,11 @@ void add_up_bytes(const Numbers& weights, const uint8_t* inputs, Numbers& out) {
   const I32 first = load_bits(weights.bytes), second = load_bits(weights.bytes + sizeof(I32));
   I32 folded = first ^ second;
   for (int64_t step = 0; step < kSteps; ++step) {
-    asm volatile("" : "+r"(inputs));
     // Short-lived, as in a tile: of sums that live on, gcc would keep copies in memory.
     Sum sums[kWeights][kInputs];
     unrolled<kInputs>([&](auto i) TENFOLD_BODY { sums[0][i].start(0), sums[1][i].start(0); });
     unrolled<kProducts>([&](auto j) TENFOLD_BODY {
+      asm volatile("" : "+r"(inputs));  // or the same products would be taken from before
       unrolled<kInputs>([&](auto i) TENFOLD_BODY {
         sums[0][i].add(first, inputs + 4 * ((i + j) % 16));
         sums[1][i].add(second, inputs + 4 * ((i + j) % 16));

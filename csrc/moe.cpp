@@ -171,6 +171,10 @@ void down_block(const ExpertLayer& layer, const Plan& plan, const Span& span, in
     alignas(64) float y[kPanelTokens * kBlockRows];
     const int64_t first = span.first + parts.first(p), tokens = parts.size(p);
     const uint8_t* panel = plan.activations + first * groups * Plan::bytes(layer);
+    for (int64_t t = 0; t < tokens; ++t) {
+      fetch_to_write(out.data + plan.tokens[first + t] * out.stride + block * kBlockRows,
+                     kBlockRows * sizeof(float));
+    }
     multiply_block(layer.format, rows, p == 0 ? next : nullptr, panel, static_cast<int>(tokens), groups, y);
     for (int64_t t = 0; t < tokens; ++t) {
       float* sum = out.data + plan.tokens[first + t] * out.stride + block * kBlockRows;

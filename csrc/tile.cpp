@@ -161,8 +161,9 @@ struct Kernel<Format::bf16> {
 };
 
 constexpr int64_t kFetchAhead = 4;  // groups
-// That all passes over a block go through before any goes on: they are still in the first-level cache then.
-constexpr int64_t kChunkGroups = 8;
+// That all passes over a block go through before any goes on: it is still in the first-level cache then, beside the
+// inputs.
+constexpr int64_t kChunkBytes = 18 << 10;
 
 bool is_intel() {
 #if defined(__x86_64__)
@@ -231,9 +232,10 @@ void add_groups(const Reading<format>& reading, const uint8_t* panel, int64_t fr
 template <Format format, int T>
 void multiply(const Reading<format>& reading, const uint8_t* panel, float* out) {
   constexpr int V = tile_vectors(T, Kernel<format>::kGroupSums ? kMostGroupSums : kMostSums);
+  const int64_t chunk = V == kVectors ? reading.groups : kChunkBytes / group_bytes(format);
   memset(out, 0, T * kBlockRows * sizeof(float));
-  for (int64_t g = 0; g < reading.groups; g += kChunkGroups) {
-    const int64_t end = g + kChunkGroups < reading.groups ? g + kChunkGroups : reading.groups;
+  for (int64_t g = 0; g < reading.groups; g += chunk) {
+    const int64_t end = g + chunk < reading.groups ? g + chunk : reading.groups;
     for (int first = 0; first < kVectors; first += V)
       add_groups<format, V, T>(reading, panel, g, end, first, out);
   }

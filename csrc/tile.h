@@ -35,6 +35,12 @@ void multiply_pair(Format format, const uint8_t* blocks, const uint8_t* next, co
 void gather_panel(Format format, const uint8_t* inputs, const int32_t* tokens, int count, int64_t groups,
                   uint8_t* panel) noexcept;
 
+// Has the lines from `to` on brought near, to be written to. A tile's outputs lie far apart, a row of the output each: if
+// they are asked for when they are stored, the stores wait for them one after another, and the next tile for the stores.
+inline void fetch_to_write(void* to, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<char*>(to) + i, 1);
+}
+
 // `total` things cut into the fewest parts of at most `largest`, all of nearly the same size.
 class Parts {
  public:
