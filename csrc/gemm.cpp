@@ -53,15 +53,15 @@ void multiply_rows(const Product& product, const Parts& panels, const uint8_t* i
   const PackedMatrix& w = product.weights[weight];
   const Rows& out = product.outputs[weight];
   const uint8_t* rows = w.data + block * block_bytes(w.format, w.cols);
+  const uint8_t* next = rows + block_bytes(w.format, w.cols);
   for (int64_t p = 0; p < panels.count(); ++p) {
     alignas(64) float y[kPanelTokens * kBlockRows];
     const int64_t first = panels.first(p);
     const int tokens = static_cast<int>(panels.size(p));
     const uint8_t* panel =
         inputs + first * groups(product) * static_cast<int64_t>(group_input_bytes(product));
-    const uint8_t* next = p == 0 ? rows + block_bytes(w.format, w.cols) : nullptr;
     fetch_tile(out, first, tokens, block * kBlockRows);
-    multiply_block(w.format, rows, next, panel, tokens, groups(product), y);
+    multiply_block(w.format, rows, next, {p, panels.count()}, panel, tokens, groups(product), y);
     const auto store = out.dtype == DType::f32 ? store_tile<float> : store_tile<bf16>;
     store(y, out, first, tokens, block * kBlockRows);
   }

@@ -12,7 +12,7 @@
 namespace tenfold::TENFOLD_ISA {
 namespace {
 
-constexpr int64_t kSpanTokens = 4 * kPanelTokens;
+constexpr int64_t kSpanTokens = 8 * kPanelTokens;
 
 // Entries first .. first + count - 1 of the tokens grouped by expert, all of one expert.
 struct Span {
@@ -123,10 +123,12 @@ void gate_up_block(const ExpertLayer& layer, const Plan& plan, const Span& span,
       multiply_pair(layer.format, rows, rows + 2 * each, panel, groups, both);
       memcpy(gate, both, sizeof both / 2), memcpy(up, both + kBlockRows, sizeof both / 2);
     } else {
-      const uint8_t *up_rows = rows + each, *next = up_rows + each;
-      multiply_block(layer.format, rows, p ? nullptr : up_rows, panel, static_cast<int>(tokens), groups,
-                     gate);
-      multiply_block(layer.format, up_rows, p ? nullptr : next, panel, static_cast<int>(tokens), groups, up);
+      const uint8_t* up_rows = rows + each;
+      const int64_t next = parts.count() == 1 ? each : 2 * each;  // passes go over gate and up in turns
+      const int count = static_cast<int>(tokens);
+      const Pass pass = {p, parts.count()};
+      multiply_block(layer.format, rows, rows + next, pass, panel, count, groups, gate);
+      multiply_block(layer.format, up_rows, up_rows + next, pass, panel, count, groups, up);
     }
     uint8_t* to =
         plan.activations + ((span.first + first) * Plan::width_groups(layer) + block * tokens) * bytes;
@@ -175,7 +177,7 @@ void down_block(const ExpertLayer& layer, const Plan& plan, const Span& span, in
       fetch_to_write(out.data + plan.tokens[first + t] * out.stride + block * kBlockRows,
                      kBlockRows * sizeof(float));
     }
-    multiply_block(layer.format, rows, p == 0 ? next : nullptr, panel, static_cast<int>(tokens), groups, y);
+    multiply_block(layer.format, rows, next, {p, parts.count()}, panel, static_cast<int>(tokens), groups, y);
     for (int64_t t = 0; t < tokens; ++t) {
       float* sum = out.data + plan.tokens[first + t] * out.stride + block * kBlockRows;
       const F32 weight = splat(plan.weights[first + t]);

@@ -181,21 +181,37 @@ bool fetches(Format format, int tokens) {
   return !little || is_intel();
 }
 
-// What a thread reads of a weight: a block, and then another, whose beginning is fetched behind the first one's end.
+// What a thread reads of a weight: a block, some times over, and then another.
 template <Format format>
 struct Reading {
   const uint8_t *block, *next;
   int64_t groups;
+  Pass pass;
 
   const uint8_t* group(int64_t g) const { return block + g * group_bytes(format); }
 
-  // Has what is read some groups after this one brought nearer: one of so many equal parts of it.
+  // Has what is read soon brought nearer while group g is multiplied, which is done in so many equal parts.
   template <int parts>
-  TENFOLD_INLINE void fetch_ahead(int64_t g, int part) const {
+  TENFOLD_INLINE void fetch(int64_t g, int part) const {
+    if (pass.count == 1) return fetch_near<parts>(g, part);
+    if (part == 0) fetch_share(g);
+  }
+
+  // What follows closely: this block's next groups, behind its end the beginning of the other.
+  template <int parts>
+  TENFOLD_INLINE void fetch_near(int64_t g, int part) const {
     constexpr int kLines = (group_bytes(format) / 64 + parts - 1) / parts;
     const int64_t ahead = g + kFetchAhead;
     const uint8_t* from = ahead < groups ? group(ahead) : next + (ahead - groups) * group_bytes(format);
     unrolled<kLines>([&](auto i) TENFOLD_BODY { __builtin_prefetch(from + (part * kLines + i) * 64); });
+  }
+
+  // Of the other block what falls to this group, if all groups of all passes take the same: so memory is read all the
+  // while, and not in the first pass alone.
+  TENFOLD_INLINE void fetch_share(int64_t g) const {
+    const int64_t share = group_bytes(format) / pass.count;
+    const uint8_t* from = next + (pass.number * groups + g) * share;
+    for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(from + i, 0, 2);
   }
 };
 
@@ -207,7 +223,7 @@ void add_groups(const Reading<format>& reading, const uint8_t* panel, int64_t fr
   const auto* input = reinterpret_cast<const typename K::Input*>(panel) + from * T;
   const auto each_group = [&](auto& y) TENFOLD_BODY {
     for (int64_t g = from; g < to; ++g, input += T) {
-      if (reading.next) reading.template fetch_ahead<kVectors / V>(g, first / V);
+      if (reading.next) reading.template fetch<kVectors / V>(g, first / V);
       const uint8_t* scales = reading.group(g);
       K::template add_group<V, T>(scales + 2 * kLanes * first,
                                   scales + scale_bytes(format) + kVectorBytes * first, input, y);
@@ -252,7 +268,7 @@ struct Stream {
     unrolled<kVectors>([&](auto v) TENFOLD_BODY { y[v][0] = splat(0); });
   }
   TENFOLD_INLINE void add_group(int64_t g, const typename K::Input* input) {
-    if (reading.next) reading.template fetch_ahead<1>(g, 0);
+    if (reading.next) reading.template fetch_near<1>(g, 0);
     const uint8_t* scales = reading.group(g);
     K::template add_group<kVectors, 1>(scales, scales + scale_bytes(format), input, y);
   }
@@ -265,8 +281,8 @@ template <Format format>
 void multiply_streams(const uint8_t* blocks, const uint8_t* next, const uint8_t* panel, int64_t groups,
                       float* out) {
   const int64_t each = groups * group_bytes(format);
-  Stream<format> a = {{blocks, next, groups}, {}},
-                 b = {{blocks + each, next ? next + each : nullptr, groups}, {}};
+  Stream<format> a = {{blocks, next, groups, {0, 1}}, {}},
+                 b = {{blocks + each, next ? next + each : nullptr, groups, {0, 1}}, {}};
   a.start(), b.start();
   const auto* input = reinterpret_cast<const typename Kernel<format>::Input*>(panel);
   for (int64_t g = 0; g < groups; ++g, ++input) a.add_group(g, input), b.add_group(g, input);
@@ -326,13 +342,13 @@ void gather_panel(Format format, const uint8_t* inputs, const int32_t* tokens, i
   gather<QuantizedInput>(inputs, tokens, count, groups, panel);
 }
 
-void multiply_block(Format format, const uint8_t* block, const uint8_t* next, const uint8_t* panel,
+void multiply_block(Format format, const uint8_t* block, const uint8_t* next, Pass pass, const uint8_t* panel,
                     int tokens, int64_t groups, float* y) noexcept {
   if (!fetches(format, tokens)) next = nullptr;
   switch (format) {
-    case Format::bf16: return multiply_tokens<Format::bf16>({block, next, groups}, panel, tokens, y);
-    case Format::int8: return multiply_tokens<Format::int8>({block, next, groups}, panel, tokens, y);
-    case Format::int4: return multiply_tokens<Format::int4>({block, next, groups}, panel, tokens, y);
+    case Format::bf16: return multiply_tokens<Format::bf16>({block, next, groups, pass}, panel, tokens, y);
+    case Format::int8: return multiply_tokens<Format::int8>({block, next, groups, pass}, panel, tokens, y);
+    case Format::int4: return multiply_tokens<Format::int4>({block, next, groups, pass}, panel, tokens, y);
   }
 }
 

@@ -21,9 +21,14 @@ size_t input_bytes(Format format);  // of one group of one token
 void prepare_input(Format format, const float* x, int64_t groups, uint8_t* to, int64_t stride) noexcept;
 void prepare_input(Format format, const bf16* x, int64_t groups, uint8_t* to, int64_t stride) noexcept;
 
-// y[t * 32 + r] = row r of the block times token t of the panel. `next` is the block that this thread reads next: its
-// beginning is fetched meanwhile, as is the rest of this one. Null where the block has just been read.
-void multiply_block(Format format, const uint8_t* block, const uint8_t* next, const uint8_t* panel,
+// A block is gone through once for each panel of tokens that meet it.
+struct Pass {
+  int64_t number, count;
+};
+
+// y[t * 32 + r] = row r of the block times token t of the panel. `next` is the block that this thread reads after the
+// last pass over this one: it is fetched meanwhile.
+void multiply_block(Format format, const uint8_t* block, const uint8_t* next, Pass pass, const uint8_t* panel,
                     int tokens, int64_t groups, float* y) noexcept;
 
 // For one token and two neighbouring blocks: y[r] of the first, y[32 + r] of the second. Weights then come in two
