@@ -75,6 +75,13 @@ struct Plan {
   }
   static int64_t blocks_before(int64_t position) { return (position + kBlockKeys - 1) / kBlockKeys; }
 
+  // Where a walk has its rounded weights; floats stay with the scores.
+  template <class T>
+  Factor<T>* weights_of(int64_t at) const {
+    if constexpr (sizeof(Factor<T>) == sizeof(float)) return scores + at;
+    else return reinterpret_cast<Factor<T>*>(weights + at);
+  }
+
   Sums take_sums(int64_t count, int64_t dim) {
     float* largest = memory.take<float>(count);
     float* total = memory.take<float>(count);
@@ -172,7 +179,7 @@ struct Walk {
                             op.sequences.pages[tile.sequence] + first_key / op.cache.page,
                             head,
                             plan.scores + buffer,
-                            plan.weights + buffer};
+                            plan.weights_of<T>(buffer)};
     attend<T, kRowStep>(block, first_row(number), sums);
   }
 

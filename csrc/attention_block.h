@@ -28,6 +28,37 @@ struct Arithmetic {
   TENFOLD_INLINE static void store_sum(float* p, F32 sum) { store(p, sum); }
 };
 
+// Factors are rounded to bf16 where an instruction multiplies pairs of those.
+template <>
+struct Arithmetic<bf16> {
+  using Factor = PairInput;
+  using Sum = F32;
+  struct Pairs {
+    PairWeights steps[kPairSteps];
+  };
+  static constexpr int64_t kDepth = 2;
+  static constexpr bool kScaled = false;
+  TENFOLD_INLINE static Pairs split(I32 pairs) {
+    Pairs split;
+    unrolled<kPairSteps>([&](auto i) TENFOLD_BODY { split.steps[i] = pair_weights(pairs, i); });
+    return split;
+  }
+  TENFOLD_INLINE static Pairs load(const bf16* p) { return split(load_bits(p)); }
+  TENFOLD_INLINE static Pairs load_first(const bf16* p) { return split(first_of_pairs(load_bits(p))); }
+  TENFOLD_INLINE static Pairs splat(const Factor* p) {
+    Pairs split;
+    unrolled<kPairSteps>([&](auto i) TENFOLD_BODY { split.steps[i] = pair_inputs(p, i); });
+    return split;
+  }
+  TENFOLD_INLINE static F32 add(F32 sum, const Pairs& factors, const Pairs& x) {
+    unrolled<kPairSteps>(
+        [&](auto i) TENFOLD_BODY { sum = add_product(x.steps[i], factors.steps[i], sum); });
+    return sum;
+  }
+  TENFOLD_INLINE static F32 load_sum(const float* p) { return TENFOLD_ISA::load(p); }
+  TENFOLD_INLINE static void store_sum(float* p, F32 sum) { store(p, sum); }
+};
+
 // Factors have 16 bits here: a sum of 512 products of those with 8 bits still fits 32. It is exact.
 template <>
 struct Arithmetic<int8_t> {
@@ -109,8 +140,8 @@ struct Block {
   int64_t position;      // of the first row's token, counted from the block's first key
   const int32_t* pages;  // from the block's first key on
   int64_t head;
-  float* scores;     // kRowStep rows of kBlockKeys, which become weights,
-  int16_t* weights;  // and integers where keys are
+  float* scores;       // kRowStep rows of kBlockKeys, which become weights,
+  Factor<T>* weights;  // and are rounded to here, if factors are not floats
 
   // How many of the block's keys a row may look at.
   int64_t visible(int64_t row) const { return clamp(position + row / shared + 1, 0, kBlockKeys); }
@@ -128,10 +159,12 @@ TENFOLD_INLINE void score(const Block<T>& block, const Page<T>& page, const Page
   const Factor<T>* q = block.queries + first_row * dim;
   typename A::Sum sums[kRows][kVectors] = {};
   for (int64_t i = 0; i < dim; i += A::kDepth, keys += stride) {
-    typename A::Sum k[kVectors];
+    decltype(A::load(keys)) k[kVectors];
     for (int v = 0; v < kVectors; ++v) k[v] = A::load(keys + v * kLanes * A::kDepth);
-    __builtin_prefetch(page.values + (keys - page.keys), 0, 2);
-    __builtin_prefetch(next.keys + (keys - page.keys), 0, 2);
+    for (int j = 0; j < kVectors * kLanes * A::kDepth; j += 64 / sizeof(T)) {
+      __builtin_prefetch(page.values + (keys - page.keys) + j, 0, 2);
+      __builtin_prefetch(next.keys + (keys - page.keys) + j, 0, 2);
+    }
     for (int r = 0; r < kRows; ++r) {
       const auto x = A::splat(q + r * dim + i);
       for (int v = 0; v < kVectors; ++v) sums[r][v] = A::add(sums[r][v], x, k[v]);
@@ -194,7 +227,7 @@ TENFOLD_INLINE void add_columns(const T* values, int64_t dim, const Factor<T>* w
       for (int v = 0; v < kVectors; ++v) sums[r][v] = A::load_sum(to + r * dim + i + v * kLanes);
     }
     for (int64_t key = begin; key < end; key += A::kDepth) {
-      typename A::Sum x[kVectors];
+      decltype(A::load(values)) x[kVectors];
       for (int v = 0; v < kVectors; ++v) x[v] = A::load(values + key * dim + (i + v * kLanes) * A::kDepth);
       for (int r = 0; r < kRows; ++r) {
         const auto weight = A::splat(weights + r * kBlockKeys + key);
@@ -219,19 +252,44 @@ void add_page(const Block<T>& block, const Page<T>& page, const Factor<T>* weigh
   }
 }
 
+// sums += weight times the values of one key, without the other key of its pair.
+template <class T>
+void add_half_pair(const T* values, int64_t dim, const Factor<T>* weights, int64_t key, float* to) {
+  using A = Arithmetic<T>;
+  const auto weight = A::splat(weights + key);
+  for (int64_t i = 0; i < dim; i += kLanes) {
+    A::store_sum(to + i, A::add(A::load_sum(to + i), weight, A::load_first(values + key * dim + i * A::kDepth)));
+  }
+}
+
+// A page's values from key `begin` to `end`, for one row.
+template <class T>
+void add_own(const Block<T>& block, const Page<T>& page, const Factor<T>* weights, int64_t begin, int64_t end,
+             float* to) {
+  constexpr int64_t kDepth = Arithmetic<T>::kDepth;
+  const int64_t whole = end / kDepth * kDepth;
+  add_page<T, 1>(block, page, weights, begin, whole, to);
+  if constexpr (kDepth > 1) {
+    if (whole < end) add_half_pair<T>(page.values, block.op.cache.dim, weights, whole, to);
+  }
+}
+
 // The rows see a page in common, or its end is cut at a place of each row's own.
 template <class T, int kRows>
 void weigh_rows(const Block<T>& block, int64_t first_row, float* to) {
+  constexpr int64_t kDepth = Arithmetic<T>::kDepth;
   const int64_t size = block.op.cache.page, dim = block.op.cache.dim;
   const int64_t common = block.visible(first_row), all = block.visible(first_row + kRows - 1);
+  if constexpr (sizeof(Factor<T>) < sizeof(float)) round_to(block.scores, kRows * kBlockKeys, block.weights);
   memset(to, 0, static_cast<size_t>(kRows * dim) * sizeof(float));
   for (int64_t first = 0; first < all; first += size) {
     const Page<T> page = block.page(first);
-    const int64_t end = clamp(common - first, 0, size);
-    add_page<T, kRows>(block, page, block.scores + first, 0, end, to);
+    const Factor<T>* weights = block.weights + first;
+    const int64_t end = clamp(common - first, 0, size) / kDepth * kDepth;
+    add_page<T, kRows>(block, page, weights, 0, end, to);
     for (int r = 0; r < kRows; ++r) {
       const int64_t own = clamp(block.visible(first_row + r) - first, end, size);
-      add_page<T, 1>(block, page, block.scores + r * kBlockKeys + first, end, own, to + r * dim);
+      add_own<T>(block, page, weights + r * kBlockKeys, end, own, to + r * dim);
     }
   }
 }

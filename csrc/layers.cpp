@@ -268,9 +268,9 @@ KeyValuePages::KeyValuePages(Output keys, Output values, std::optional<Output> k
       key_scales_(std::move(key_scales)),
       value_scales_(std::move(value_scales)) {
   view_.type = cache_type(keys_);
-  const bool pairs = view_.type == CacheType::int8;
+  const bool scaled = view_.type == CacheType::int8, pairs = scaled || view_.type == CacheType::bf16;
   require(keys_.ndim() == (pairs ? 5 : 4),
-          pairs ? "int8 keys must be [pages, heads, head dim / 2, page size, 2]"
+          pairs ? "int8 and bfloat16 keys must be [pages, heads, head dim / 2, page size, 2]"
                 : "keys must be [pages, heads, head dim, page size]");
   const auto heads = static_cast<int64_t>(keys_.shape(1)), size = static_cast<int64_t>(keys_.shape(3));
   const int64_t dim = static_cast<int64_t>(keys_.shape(2)) * (pairs ? 2 : 1);
@@ -289,9 +289,9 @@ KeyValuePages::KeyValuePages(Output keys, Output values, std::optional<Output> k
   }
   view_.kv_heads = heads, view_.dim = dim, view_.page = size;
   view_.key_scales = view_.value_scales = nullptr;
-  require(key_scales_.has_value() == pairs && value_scales_.has_value() == pairs,
+  require(key_scales_.has_value() == scaled && value_scales_.has_value() == scaled,
           "key_scales and value_scales belong to int8 keys and values, and to no others");
-  if (!pairs) return;
+  if (!scaled) return;
   view_.key_scales = contiguous<float>(*key_scales_, {pages(), heads, size}, "key_scales", "float32");
   view_.value_scales = contiguous<float>(*value_scales_, {pages(), heads, size}, "value_scales", "float32");
 }

@@ -35,10 +35,10 @@ void add_up_f32(const Numbers& weights, const uint8_t* inputs, Numbers& out) {
 }
 
 void add_up_bf16(const Numbers& weights, const uint8_t* inputs, Numbers& out) {
-  const auto first = step_weights(load_bits(weights.bytes), 0);
-  const auto second = step_weights(load_bits(weights.bytes + sizeof(I32)), 0);
+  const auto first = pair_weights(load_bits(weights.bytes), 0);
+  const auto second = pair_weights(load_bits(weights.bytes + sizeof(I32)), 0);
   add_up_floats(inputs, out, [&](const uint8_t* input, F32& a, F32& b) TENFOLD_BODY {
-    const auto x = step_input(*reinterpret_cast<const Bf16Input*>(input), 0, 0);
+    const auto x = pair_inputs(reinterpret_cast<const PairInput*>(input), 0);
     a = add_product(first, x, a), b = add_product(second, x, b);
   });
 }
@@ -88,7 +88,7 @@ int64_t multiply_in_registers(Multiplier multiplier) noexcept {
   int64_t products = kSteps * kProducts * kWeights * kInputs * kLanes;
   switch (multiplier) {
     case Multiplier::f32: add_up_f32(weights, inputs.bytes, out); break;
-    case Multiplier::bf16: add_up_bf16(weights, inputs.bytes, out), products *= 2 / kLineSteps; break;
+    case Multiplier::bf16: add_up_bf16(weights, inputs.bytes, out), products *= 2 / kPairSteps; break;
     case Multiplier::int8: add_up_bytes<BytesSum<Int8Sum>>(weights, inputs.bytes, out), products *= 4; break;
     case Multiplier::int4: add_up_bytes<BytesSum<Int4Sum>>(weights, inputs.bytes, out), products *= 4; break;
   }

@@ -120,20 +120,16 @@ TENFOLD_INLINE int32_t input_bias(const int8_t* input) {
   return _mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), pair));
 }
 
-// A group of input for bf16 weights. A line of weights is 2 columns, one after the other.
-constexpr int kLineSteps = 2;
-using StepWeights = F32;
-struct Bf16Input {
-  float x[kGroup];
-};
-TENFOLD_INLINE void to_bf16_input(const float* from, Bf16Input& to) { memcpy(to.x, from, sizeof to.x); }
-TENFOLD_INLINE StepWeights step_weights(I32 line, int step) {
-  return (F32)(step == 0 ? _mm256_slli_epi32(line, 16)
-                         : _mm256_and_si256(line, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+// Two columns of bf16 in a lane: they meet their inputs one after the other, in fp32.
+constexpr int kPairSteps = 2;
+using PairWeights = F32;
+using PairInput = float;
+TENFOLD_INLINE PairWeights pair_weights(I32 pair, int step) {
+  return (F32)(step == 0 ? _mm256_slli_epi32(pair, 16)
+                         : _mm256_and_si256(pair, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
 }
-TENFOLD_INLINE F32 step_input(const Bf16Input& input, int line, int step) {
-  return splat(input.x[2 * line + step]);
-}
+TENFOLD_INLINE F32 pair_inputs(const PairInput* pair, int step) { return splat(pair[step]); }
+TENFOLD_INLINE I32 first_of_pairs(I32 pairs) { return _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff)); }  // the others count as zero
 TENFOLD_INLINE F32 add_product(F32 weights, F32 input, F32 sum) { return fma(weights, input, sum); }
 
 }  // namespace

@@ -98,20 +98,13 @@ TENFOLD_INLINE int32_t input_bias(const int8_t* input) {
   return -(_mm_cvtsi128_si32(pair) + _mm_extract_epi32(pair, 1));
 }
 
-// A group of input for bf16 weights. A line of weights is 2 columns, which one instruction multiplies and
-// adds.
-constexpr int kLineSteps = 1;
-using StepWeights = I32;
-struct Bf16Input {
-  bf16 x[kGroup];
-};
-TENFOLD_INLINE void to_bf16_input(const float* from, Bf16Input& to) {
-  for (int i = 0; i < kGroup; i += kLanes) store(to.x + i, load(from + i));
-}
-TENFOLD_INLINE StepWeights step_weights(I32 line, int) { return line; }
-TENFOLD_INLINE I32 step_input(const Bf16Input& input, int line, int) {
-  return splat_bits(input.x + 2 * line);
-}
+// Two columns of bf16 in a lane, which one instruction multiplies with two inputs and adds.
+constexpr int kPairSteps = 1;
+using PairWeights = I32;
+using PairInput = bf16;
+TENFOLD_INLINE PairWeights pair_weights(I32 pair, int) { return pair; }
+TENFOLD_INLINE I32 pair_inputs(const PairInput* pair, int) { return splat_bits(pair); }
+TENFOLD_INLINE I32 first_of_pairs(I32 pairs) { return _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff)); }  // the others count as zero
 TENFOLD_INLINE F32 add_product(I32 weights, I32 input, F32 sum) {
   return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)input);
 }

@@ -113,19 +113,15 @@ TENFOLD_INLINE I32 high_weights(I32 nibbles) { return low_weights(nibbles >> 4);
 
 TENFOLD_INLINE int32_t input_bias(const int8_t*) { return 0; }  // these weights carry no offset
 
-// A group of input for bf16 weights. A line of weights is 2 columns, one after the other.
-constexpr int kLineSteps = 2;
-using StepWeights = F32;
-struct Bf16Input {
-  float x[kGroup];
-};
-TENFOLD_INLINE void to_bf16_input(const float* from, Bf16Input& to) { memcpy(to.x, from, sizeof to.x); }
-TENFOLD_INLINE StepWeights step_weights(I32 line, int step) {
-  return (F32)(step == 0 ? (U32)line << 16 : (U32)line & 0xffff0000);
+// Two columns of bf16 in a lane: they meet their inputs one after the other, in fp32.
+constexpr int kPairSteps = 2;
+using PairWeights = F32;
+using PairInput = float;
+TENFOLD_INLINE PairWeights pair_weights(I32 pair, int step) {
+  return (F32)(step == 0 ? (U32)pair << 16 : (U32)pair & 0xffff0000);
 }
-TENFOLD_INLINE F32 step_input(const Bf16Input& input, int line, int step) {
-  return splat(input.x[2 * line + step]);
-}
+TENFOLD_INLINE F32 pair_inputs(const PairInput* pair, int step) { return splat(pair[step]); }
+TENFOLD_INLINE I32 first_of_pairs(I32 pairs) { return pairs & 0xffff; }  // the others count as zero
 TENFOLD_INLINE F32 add_product(F32 weights, F32 input, F32 sum) { return fma(weights, input, sum); }
 
 }  // namespace

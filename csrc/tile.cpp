@@ -41,6 +41,11 @@ struct QuantizedInput {
   int32_t bias;
 };
 
+// Of bf16 weights.
+struct PlainInput {
+  PairInput x[kGroup];
+};
+
 void prepare(const float* from, QuantizedInput& to) {
   constexpr uint32_t kLargestFinite = 0x7f7fffff;
   uint32_t magnitude = 0;
@@ -57,7 +62,9 @@ void prepare(const float* from, QuantizedInput& to) {
   to.bias = input_bias(to.x);
 }
 
-void prepare(const float* from, Bf16Input& to) { to_bf16_input(from, to); }
+void prepare(const float* from, PlainInput& to) {
+  for (int i = 0; i < kGroup; i += kLanes) store(to.x + i, load(from + i));
+}
 
 template <int V>
 using Weights = I32[V];
@@ -139,7 +146,7 @@ struct Kernel<Format::int8> {
 
 template <>
 struct Kernel<Format::bf16> {
-  using Input = Bf16Input;
+  using Input = PlainInput;
   static constexpr bool kGroupSums = false;
 
   template <int V, int T>
@@ -148,11 +155,11 @@ struct Kernel<Format::bf16> {
     unrolled<lines(Format::bf16)>([&](auto i) TENFOLD_BODY {
       Weights<V> pairs;
       load_line<V>(line + i * kLineBytes, pairs);
-      unrolled<kLineSteps>([&](auto step) TENFOLD_BODY {
-        StepWeights weights[V];
-        unrolled<V>([&](auto v) TENFOLD_BODY { weights[v] = step_weights(pairs[v], step); });
+      unrolled<kPairSteps>([&](auto step) TENFOLD_BODY {
+        PairWeights weights[V];
+        unrolled<V>([&](auto v) TENFOLD_BODY { weights[v] = pair_weights(pairs[v], step); });
         unrolled<T>([&](auto t) TENFOLD_BODY {
-          const auto x = step_input(input[t], i, step);
+          const auto x = pair_inputs(input[t].x + 2 * i, step);
           unrolled<V>([&](auto v) TENFOLD_BODY { y[v][t] = add_product(weights[v], x, y[v][t]); });
         });
       });
@@ -323,22 +330,22 @@ void gather(const uint8_t* inputs, const int32_t* tokens, int count, int64_t gro
 }  // namespace
 
 size_t input_bytes(Format format) {
-  return format == Format::bf16 ? sizeof(Bf16Input) : sizeof(QuantizedInput);
+  return format == Format::bf16 ? sizeof(PlainInput) : sizeof(QuantizedInput);
 }
 
 void prepare_input(Format format, const float* x, int64_t groups, uint8_t* to, int64_t stride) noexcept {
-  if (format == Format::bf16) return prepare_row<Bf16Input>(x, groups, to, stride);
+  if (format == Format::bf16) return prepare_row<PlainInput>(x, groups, to, stride);
   prepare_row<QuantizedInput>(x, groups, to, stride);
 }
 
 void prepare_input(Format format, const bf16* x, int64_t groups, uint8_t* to, int64_t stride) noexcept {
-  if (format == Format::bf16) return prepare_row<Bf16Input>(x, groups, to, stride);
+  if (format == Format::bf16) return prepare_row<PlainInput>(x, groups, to, stride);
   prepare_row<QuantizedInput>(x, groups, to, stride);
 }
 
 void gather_panel(Format format, const uint8_t* inputs, const int32_t* tokens, int count, int64_t groups,
                   uint8_t* panel) noexcept {
-  if (format == Format::bf16) return gather<Bf16Input>(inputs, tokens, count, groups, panel);
+  if (format == Format::bf16) return gather<PlainInput>(inputs, tokens, count, groups, panel);
   gather<QuantizedInput>(inputs, tokens, count, groups, panel);
 }
 

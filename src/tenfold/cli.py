@@ -216,7 +216,7 @@ class Bench:
     threads: int | None = None  # of the kernels; without it one per core
     rounds: int = 5  # after one to warm up
     profile: bool = False  # tell where the time goes, kernel by kernel
-    kv_format: KvFormat = "fp16"  # of keys and values
+    kv_format: KvFormat = "bf16"  # of keys and values
     json: bool = False  # for programs
 
     def run(self) -> None:

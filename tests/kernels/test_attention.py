@@ -266,7 +266,7 @@ def test_bad_arguments_are_refused() -> None:
         ("same dtype", lambda: cpu.key_value_pages(keys, values.half())),
         ("values must be contiguous", lambda: cpu.key_value_pages(keys, keys)),
         ("float32, bfloat16, float16 or int8", lambda: cpu.key_value_pages(keys.double(), values.double())),
-        ("int8 keys must be", lambda: cpu.key_value_pages(integers[0][..., 0], *integers[1:])),
+        ("int8 and bfloat16 keys must be", lambda: cpu.key_value_pages(integers[0][..., 0], *integers[1:])),
         ("key_scales and value_scales", lambda: cpu.key_value_pages(*integers[:2])),
     ]
     for message, refused in refusals:

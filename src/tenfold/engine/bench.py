@@ -80,7 +80,7 @@ def bench(
     new_tokens: int = 64,
     threads: int | None = None,
     rounds: int = 5,
-    kv_format: str = "fp16",
+    kv_format: str = "bf16",
     profiled: bool = False,
 ) -> BenchResult:
     """Loads a model and measures it, after one round to warm up; the memory is probed before every round.

@@ -127,7 +127,7 @@ def continue_text(model: LanguageModel, tokenizer: Tokenizer, prompt: str, max_t
 
 
 def start_native(
-    path_or_name: str | Path, format: str | None, kv_format: str = "fp16"
+    path_or_name: str | Path, format: str | None, kv_format: str = "bf16"
 ) -> tuple[NativeModel, Tokenizer | None]:
     """`load_native`, in a process that is then the kernels': torch keeps one thread."""
     torch.set_num_threads(1)  # or its threads, which spin for a while after each op, take the cores from the kernels'

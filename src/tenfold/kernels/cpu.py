@@ -297,11 +297,11 @@ def page_parts(
     heads: int, head_dim: int, page_size: int, dtype: torch.dtype
 ) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """Shapes and dtypes of what `key_value_pages` takes, of one page: keys, values, and for int8 their scales."""
-    if dtype != torch.int8:
+    if dtype not in (torch.int8, torch.bfloat16):
         return ((heads, head_dim, page_size), dtype), ((heads, page_size, head_dim), dtype)
-    keys, values = (heads, head_dim // 2, page_size, 2), (heads, page_size // 2, head_dim, 2)
+    pairs = ((heads, head_dim // 2, page_size, 2), dtype), ((heads, page_size // 2, head_dim, 2), dtype)
     scales = (heads, page_size), torch.float32
-    return (keys, dtype), (values, dtype), scales, scales
+    return (*pairs, scales, scales) if dtype == torch.int8 else pairs
 
 
 def empty_pages(pages: int, heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -315,8 +315,8 @@ def key_value_pages(
 ) -> KeyValuePages:
     """One layer's cache, not copied: keys `[pages, G, K, page]` and values `[pages, G, page, K]`.
 
-    A page has 16, 32 or 64 tokens; fp32, fp16 or bf16. In int8, keys are `[pages, G, K / 2, page, 2]`, values
-    `[pages, G, page / 2, K, 2]`, and both have fp32 scales `[pages, G, page]`.
+    A page has 16, 32 or 64 tokens; fp32 or fp16. In bf16 and int8, keys are `[pages, G, K / 2, page, 2]` and values
+    `[pages, G, page / 2, K, 2]`; int8 ones have fp32 scales `[pages, G, page]`.
     """
     scales = (x for x in (key_scales, value_scales) if x is not None)
     return _native().KeyValuePages(keys, values, *scales)

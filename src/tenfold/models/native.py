@@ -39,7 +39,7 @@ from tenfold.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from tenfold.models.packing import Packed
 
-NUMERICS = 1  # goes up with whatever changes a bit of what is cached: kernels, their order of summation, layouts
+NUMERICS = 2  # goes up with whatever changes a bit of what is cached: kernels, their order of summation, layouts
 PREFILL_TOKENS = 512  # that pass the layers at once, so that a long prompt needs no more memory than a short one
 
 
@@ -167,7 +167,7 @@ class NativeModel:
 
     page_tokens = PAGE
 
-    def __init__(self, config: Config, owners: Iterable[tuple[str, Packed]], kv_format: str = "fp16") -> None:
+    def __init__(self, config: Config, owners: Iterable[tuple[str, Packed]], kv_format: str = "bf16") -> None:
         """Takes the packed weights of all owners, in any order. kv_format: of keys and values, one of KV_FORMATS.
 
         Raises ValueError for a shape or a format that the kernels lack.
@@ -193,7 +193,7 @@ class NativeModel:
 
     @classmethod
     def pack(
-        cls, config: Config, parameters: Iterable[tuple[str, Tensor]], format: str, kv_format: str = "fp16"
+        cls, config: Config, parameters: Iterable[tuple[str, Tensor]], format: str, kv_format: str = "bf16"
     ) -> Self:
         """Takes parameters, fp32 or bf16, as they come, and keeps none: an owner is packed once it is complete.
 
@@ -326,7 +326,7 @@ def norm_weight(config: Config, weight: Tensor) -> cpu.NormWeight:
 
 
 def load_native(
-    path_or_name: str | Path, format: str | None = None, kv_format: str = "fp16"
+    path_or_name: str | Path, format: str | None = None, kv_format: str = "bf16"
 ) -> tuple[NativeModel, Tokenizer | None]:
     """A model, packed while it is read or packed already, and its tokenizer where there is one.
 

@@ -114,7 +114,7 @@ class Pool:
 class NativeCache:
     """A pool for one sequence, which grows with it. Keys and values are of `dtype`: fp32, fp16, bf16 or int8."""
 
-    def __init__(self, config: Config, dtype: torch.dtype = torch.float16, room: int = 0) -> None:
+    def __init__(self, config: Config, dtype: torch.dtype = torch.bfloat16, room: int = 0) -> None:
         """room: tokens that are expected; beyond them it grows by doubling, which copies it."""
         self.length = 0  # tokens seen
         self.pool = Pool(config, dtype, drafts=False)
