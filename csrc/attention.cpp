@@ -12,6 +12,7 @@ namespace tenfold::TENFOLD_ISA {
 namespace {
 
 constexpr int64_t kTileRows = 64;      // pairs of token and head that walk the keys together
+constexpr int64_t kRunBlocks = 16;     // that a thread takes at once: it fetches the next one meanwhile
 constexpr int64_t kAppendTokens = 32;  // a cache line of a key's tokens in half precision
 
 float* row(const Rows& rows, int64_t i) { return static_cast<float*>(rows.data) + i * rows.stride; }
@@ -61,7 +62,8 @@ struct Plan {
     }
     walks = tiles.count() * op.cache.kv_heads;
     const bool split = walks && walks < 2 * op.threads;
-    wave = split ? least(blocks, 8 * op.threads / walks + 1) : 0;
+    wave = split ? least(blocks, 8 * kRunBlocks * op.threads / walks) : 0;
+    run = most(least(wave * walks / (4 * op.threads), kRunBlocks), 1);
     queries = memory.take<float>(op.q.rows * op.heads * op.cache.dim);
     query_scales = memory.take<float>(op.q.rows * op.heads);
     scores = memory.take<float>(op.threads * kRowStep * kBlockKeys);
@@ -94,6 +96,7 @@ struct Plan {
   int64_t rows = 0, blocks = 0;  // of the longest tile and sequence
   int64_t walks;                 // a tile with one key head each
   int64_t wave;  // how many blocks of every walk threads share at a time; 0: a walk is one thread's
+  int64_t run;   // how many of them are one task
   float *queries, *query_scales, *scores;  // queries are int16 where keys are int8
   int16_t* weights;
   Sums so_far, parts;
@@ -167,16 +170,19 @@ struct Walk {
     return clamp(block * kBlockKeys - tile.position, 0, tile.count) * plan.shared;
   }
 
-  void attend_block(int64_t number, int thread, const Sums& sums) const {
+  // `end`: where the blocks end that this thread takes.
+  void attend_block(int64_t number, int64_t end, int thread, const Sums& sums) const {
     const int64_t first_key = number * kBlockKeys, buffer = thread * kRowStep * kBlockKeys;
     const int64_t query = (head * op.q.rows + tile.first) * plan.shared;
-    const Block<T> block = {op,
+    const int64_t keys = tile.position + tile.count - first_key - kBlockKeys;
+    Block<T> block = {op,
                             reinterpret_cast<const Factor<T>*>(plan.queries) + query * op.cache.dim,
                             plan.query_scales + query,
                             rows(),
                             plan.shared,
                             tile.position - first_key,
                             op.sequences.pages[tile.sequence] + first_key / op.cache.page,
+                            number + 1 < end ? least(keys, kBlockKeys) : 0,
                             head,
                             plan.scores + buffer,
                             plan.weights_of<T>(buffer)};
@@ -231,7 +237,7 @@ void walk_whole(const Attention& op, const Plan& plan) {
         const Sums part = plan.parts.from(thread * plan.rows, op.cache.dim);
         const Sums so_far = plan.so_far.from(thread * plan.rows, op.cache.dim);
         for (int64_t b = 0; b < walk.blocks(); ++b) {
-          walk.attend_block(b, thread, part);
+          walk.attend_block(b, walk.blocks(), thread, part);
           walk.merge(b, part, so_far);
         }
         walk.finish(so_far);
@@ -245,12 +251,14 @@ void walk_wave(const Attention& op, const Plan& plan, int64_t first, int64_t cou
   const auto part = [&](int64_t walk, int64_t block) {
     return plan.parts.from((walk * plan.wave + block - first) * plan.rows, op.cache.dim);
   };
+  const int64_t runs = (count + plan.run - 1) / plan.run;
   parallel_for(
-      plan.walks * count,
+      plan.walks * runs,
       [&](int64_t task, int thread) {
-        const int64_t number = task / count, block = first + task % count;
+        const int64_t number = task / runs, begin = first + task % runs * plan.run;
         const Walk<T> walk(op, plan, number);
-        if (block < walk.blocks()) walk.attend_block(block, thread, part(number, block));
+        const int64_t end = least(least(begin + plan.run, first + count), walk.blocks());
+        for (int64_t b = begin; b < end; ++b) walk.attend_block(b, end, thread, part(number, b));
       },
       op.threads);
   parallel_for(

@@ -139,32 +139,42 @@ struct Block {
   int64_t rows, shared;
   int64_t position;      // of the first row's token, counted from the block's first key
   const int32_t* pages;  // from the block's first key on
+  int64_t following;     // how many keys of the next block this thread reads next
   int64_t head;
   float* scores;       // kRowStep rows of kBlockKeys, which become weights,
   Factor<T>* weights;  // and are rounded to here, if factors are not floats
 
+  bool cold = true;    // no rows have been here yet: what they read next is fetched, since pages lie anywhere
+
   // How many of the block's keys a row may look at.
   int64_t visible(int64_t row) const { return clamp(position + row / shared + 1, 0, kBlockKeys); }
   Page<T> page(int64_t key) const { return {op.cache, pages[key / op.cache.page], head}; }
+  // Keys of the next block, to be fetched while the values of the page at this key are read; or null.
+  const T* next_keys(int64_t key) const {
+    return cold && key < following ? page(kBlockKeys + key).keys : nullptr;
+  }
 };
 
-// Scores of `kRows` rows with kVectors * kLanes keys of a page, from `place` on. What is read soon is fetched:
-// pages lie anywhere, so the hardware cannot foresee it.
+// Has `count` elements brought nearer, unless `from` is null.
+template <class T>
+TENFOLD_INLINE void fetch(const T* from, int64_t at, int count) {
+  if (!from) return;
+  for (int i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + at + i);
+}
+
+// Scores of `kRows` rows with kVectors * kLanes keys of a page, from `place` on. Meanwhile their values are fetched.
 template <class T, int kRows, int kVectors>
-TENFOLD_INLINE void score(const Block<T>& block, const Page<T>& page, const Page<T>& next, int64_t place,
-                          int64_t first_row, float* scores) {
+TENFOLD_INLINE void score(const Block<T>& block, const Page<T>& page, int64_t place, int64_t first_row,
+                          float* scores) {
   using A = Arithmetic<T>;
   const int64_t dim = block.op.cache.dim, stride = block.op.cache.page * A::kDepth;
-  const T* keys = page.keys + place * A::kDepth;
+  const T *keys = page.keys + place * A::kDepth, *values = block.cold ? page.values : nullptr;
   const Factor<T>* q = block.queries + first_row * dim;
   typename A::Sum sums[kRows][kVectors] = {};
   for (int64_t i = 0; i < dim; i += A::kDepth, keys += stride) {
     decltype(A::load(keys)) k[kVectors];
     for (int v = 0; v < kVectors; ++v) k[v] = A::load(keys + v * kLanes * A::kDepth);
-    for (int j = 0; j < kVectors * kLanes * A::kDepth; j += 64 / sizeof(T)) {
-      __builtin_prefetch(page.values + (keys - page.keys) + j, 0, 2);
-      __builtin_prefetch(next.keys + (keys - page.keys) + j, 0, 2);
-    }
+    fetch(values, keys - page.keys, kVectors * kLanes * A::kDepth);
     for (int r = 0; r < kRows; ++r) {
       const auto x = A::splat(q + r * dim + i);
       for (int v = 0; v < kVectors; ++v) sums[r][v] = A::add(sums[r][v], x, k[v]);
@@ -188,14 +198,14 @@ template <class T, int kRows>
 void score_rows(const Block<T>& block, int64_t first_row, int64_t keys) {
   const int64_t size = block.op.cache.page;
   for (int64_t first = 0; first < keys; first += size) {
-    const Page<T> page = block.page(first), next = first + size < keys ? block.page(first + size) : page;
+    const Page<T> page = block.page(first);
     const int64_t end = least(size, keys - first);
     for (int64_t place = 0; place < end; place += 2 * kLanes) {
       float* scores = block.scores + first + place;
       if (place + kLanes < end) {
-        score<T, kRows, 2>(block, page, next, place, first_row, scores);
+        score<T, kRows, 2>(block, page, place, first_row, scores);
       } else {
-        score<T, kRows, 1>(block, page, next, place, first_row, scores);
+        score<T, kRows, 1>(block, page, place, first_row, scores);
       }
     }
   }
@@ -216,10 +226,11 @@ void soften(float* scores, int64_t keys, float& highest, float& total) {
   total = sum(sums);
 }
 
-// sums += weights times a page's values from key `begin` to `end`, kVectors * kLanes columns at a time.
+// sums += weights times a page's values from key `begin` to `end`, kVectors * kLanes columns at a time. Meanwhile as many
+// of `next_keys` are fetched.
 template <class T, int kRows, int kVectors>
 TENFOLD_INLINE void add_columns(const T* values, int64_t dim, const Factor<T>* weights, int64_t begin,
-                                int64_t end, float* to) {
+                                int64_t end, const T* next_keys, float* to) {
   using A = Arithmetic<T>;
   for (int64_t i = 0; i < dim; i += kVectors * kLanes) {
     typename A::Sum sums[kRows][kVectors];
@@ -228,7 +239,9 @@ TENFOLD_INLINE void add_columns(const T* values, int64_t dim, const Factor<T>* w
     }
     for (int64_t key = begin; key < end; key += A::kDepth) {
       decltype(A::load(values)) x[kVectors];
-      for (int v = 0; v < kVectors; ++v) x[v] = A::load(values + key * dim + (i + v * kLanes) * A::kDepth);
+      const int64_t at = key * dim + i * A::kDepth;
+      for (int v = 0; v < kVectors; ++v) x[v] = A::load(values + at + v * kLanes * A::kDepth);
+      fetch(next_keys, at, kVectors * kLanes * A::kDepth);
       for (int r = 0; r < kRows; ++r) {
         const auto weight = A::splat(weights + r * kBlockKeys + key);
         for (int v = 0; v < kVectors; ++v) sums[r][v] = A::add(sums[r][v], weight, x[v]);
@@ -241,14 +254,13 @@ TENFOLD_INLINE void add_columns(const T* values, int64_t dim, const Factor<T>* w
 }
 
 template <class T, int kRows>
-void add_page(const Block<T>& block, const Page<T>& page, const Factor<T>* weights, int64_t begin,
-              int64_t end, float* to) {
-  const int64_t dim = block.op.cache.dim;
+void add_page(const T* values, int64_t dim, const Factor<T>* weights, int64_t begin, int64_t end,
+              const T* next_keys, float* to) {
   if (begin == end) return;
   if (dim % (2 * kLanes) == 0) {
-    add_columns<T, kRows, 2>(page.values, dim, weights, begin, end, to);
+    add_columns<T, kRows, 2>(values, dim, weights, begin, end, next_keys, to);
   } else {
-    add_columns<T, kRows, 1>(page.values, dim, weights, begin, end, to);
+    add_columns<T, kRows, 1>(values, dim, weights, begin, end, next_keys, to);
   }
 }
 
@@ -264,13 +276,12 @@ void add_half_pair(const T* values, int64_t dim, const Factor<T>* weights, int64
 
 // A page's values from key `begin` to `end`, for one row.
 template <class T>
-void add_own(const Block<T>& block, const Page<T>& page, const Factor<T>* weights, int64_t begin, int64_t end,
-             float* to) {
+void add_own(const T* values, int64_t dim, const Factor<T>* weights, int64_t begin, int64_t end, float* to) {
   constexpr int64_t kDepth = Arithmetic<T>::kDepth;
   const int64_t whole = end / kDepth * kDepth;
-  add_page<T, 1>(block, page, weights, begin, whole, to);
+  add_page<T, 1>(values, dim, weights, begin, whole, nullptr, to);
   if constexpr (kDepth > 1) {
-    if (whole < end) add_half_pair<T>(page.values, block.op.cache.dim, weights, whole, to);
+    if (whole < end) add_half_pair<T>(values, dim, weights, whole, to);
   }
 }
 
@@ -283,13 +294,13 @@ void weigh_rows(const Block<T>& block, int64_t first_row, float* to) {
   if constexpr (sizeof(Factor<T>) < sizeof(float)) round_to(block.scores, kRows * kBlockKeys, block.weights);
   memset(to, 0, static_cast<size_t>(kRows * dim) * sizeof(float));
   for (int64_t first = 0; first < all; first += size) {
-    const Page<T> page = block.page(first);
+    const T* values = block.page(first).values;
     const Factor<T>* weights = block.weights + first;
     const int64_t end = clamp(common - first, 0, size) / kDepth * kDepth;
-    add_page<T, kRows>(block, page, weights, 0, end, to);
+    add_page<T, kRows>(values, dim, weights, 0, end, block.next_keys(first), to);
     for (int r = 0; r < kRows; ++r) {
       const int64_t own = clamp(block.visible(first_row + r) - first, end, size);
-      add_own<T>(block, page, weights + r * kBlockKeys, end, own, to + r * dim);
+      add_own<T>(values, dim, weights + r * kBlockKeys, end, own, to + r * dim);
     }
   }
 }
@@ -319,7 +330,8 @@ void weigh_rows(const Block<int8_t>& block, int64_t first_row, float* to) {
   }
   memset(to, 0, static_cast<size_t>(kRows * dim) * sizeof(float));
   for (int64_t first = 0; first < all; first += size) {
-    add_page<int8_t, kRows>(block, block.page(first), block.weights + first, 0, least(size, all - first), to);
+    add_page<int8_t, kRows>(block.page(first).values, dim, block.weights + first, 0, least(size, all - first),
+                            block.next_keys(first), to);
   }
   for (int r = 0; r < kRows; ++r, to += dim) {
     for (int64_t i = 0; i < dim; i += kLanes) store(to + i, to_float(load_bits(to + i)) * splat(units[r]));
@@ -340,10 +352,11 @@ void attend_rows(const Block<T>& block, int64_t first_row, const Sums& sums) {
 }
 
 template <class T, int kRows>
-void attend(const Block<T>& block, int64_t first_row, const Sums& sums) {
+void attend(Block<T>& block, int64_t first_row, const Sums& sums) {
   const int64_t dim = block.op.cache.dim;
   for (; first_row + kRows <= block.rows; first_row += kRows) {
     attend_rows<T, kRows>(block, first_row, sums.from(first_row, dim));
+    block.cold = false;
   }
   if constexpr (kRows > 1) attend<T, kRows / 2>(block, first_row, sums);
 }

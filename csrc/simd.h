@@ -63,15 +63,6 @@ TENFOLD_INLINE float to_float(bf16 x) {
 
 TENFOLD_INLINE F32 load(const half* p) { return load_half(reinterpret_cast<const uint8_t*>(p)); }
 
-// The largest lane.
-TENFOLD_INLINE float largest(F32 x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  float most = lanes[0];
-  for (int i = 1; i < kLanes; ++i) most = lanes[i] > most ? lanes[i] : most;
-  return most;
-}
-
 // e^x to 2 ulp; 0 below -87, the largest power above 88; NaN stays NaN.
 TENFOLD_INLINE F32 exp(F32 x) {
   const F32 bounded = max(splat(-87.3f), min(splat(88.3f), x));

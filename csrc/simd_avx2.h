@@ -41,6 +41,11 @@ TENFOLD_INLINE float sum(F32 x) {
   const __m128 pair = half + _mm_movehl_ps(half, half);
   return _mm_cvtss_f32(pair) + _mm_cvtss_f32(_mm_movehdup_ps(pair));
 }
+TENFOLD_INLINE float largest(F32 x) {
+  const __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 pair = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)));
+}
 TENFOLD_INLINE F32 low_halves(F32 a, F32 b) { return _mm256_permute2f128_ps(a, b, 0x20); }
 TENFOLD_INLINE F32 high_halves(F32 a, F32 b) { return _mm256_permute2f128_ps(a, b, 0x31); }
 TENFOLD_INLINE F32 sum_pairs(F32 a, F32 b) { return _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b); }

@@ -31,6 +31,7 @@ TENFOLD_INLINE F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 TENFOLD_INLINE F32 round(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT); }
 TENFOLD_INLINE F32 scale_by_power_of_two(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
 TENFOLD_INLINE float sum(F32 x) { return _mm512_reduce_add_ps(x); }
+TENFOLD_INLINE float largest(F32 x) { return _mm512_reduce_max_ps(x); }
 TENFOLD_INLINE F32 low_halves(F32 a, F32 b) { return _mm512_shuffle_f32x4(a, b, 0x44); }
 TENFOLD_INLINE F32 high_halves(F32 a, F32 b) { return _mm512_shuffle_f32x4(a, b, 0xee); }
 TENFOLD_INLINE F32 sum_pairs(F32 a, F32 b) { return _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b); }

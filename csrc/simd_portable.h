@@ -22,6 +22,8 @@ TENFOLD_INLINE F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
 TENFOLD_INLINE F32 round(F32 x) { return (x + splat(12582912.0f)) - splat(12582912.0f); }
 TENFOLD_INLINE F32 scale_by_power_of_two(F32 x, F32 n) { return (F32)((I32)x + (to_int(n) << 23)); }
 TENFOLD_INLINE float sum(F32 x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+TENFOLD_INLINE float larger(float a, float b) { return a > b ? a : b; }
+TENFOLD_INLINE float largest(F32 x) { return larger(larger(x[0], x[2]), larger(x[1], x[3])); }
 TENFOLD_INLINE F32 low_halves(F32 a, F32 b) { return F32{a[0], a[1], b[0], b[1]}; }
 TENFOLD_INLINE F32 high_halves(F32 a, F32 b) { return F32{a[2], a[3], b[2], b[3]}; }
 // Lane i is the sum of x[i].

@@ -218,7 +218,7 @@ struct Reading {
   TENFOLD_INLINE void fetch_share(int64_t g) const {
     const int64_t share = group_bytes(format) / pass.count;
     const uint8_t* from = next + (pass.number * groups + g) * share;
-    for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(from + i, 0, 2);
+    for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(from + i);
   }
 };
 
