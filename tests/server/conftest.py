@@ -20,7 +20,7 @@ from tenfold.engine.request import Request, TokenLogprob, Update, Usage
 from tenfold.engine.stopping import Stopping
 from tenfold.engine.structure import StructureCompiler
 from tenfold.server.app import create_app
-from tenfold.server.serve import make_server, serve
+from tenfold.server.serve import bound, make_server, serve
 from tenfold.server.settings import Settings
 from tenfold.tokenizer import Tokenizer
 
@@ -228,4 +228,5 @@ if __name__ == "__main__":
     settings = Settings(
         model_names=(MODEL,), context_length=2000, drain_seconds=float(sys.argv[1]), api_keys=Path(sys.argv[2])
     )
-    serve(create_app(fake, fake.tokenizer, settings), settings, "127.0.0.1", 0)
+    with bound("127.0.0.1", 0) as listener:
+        serve(create_app(fake, fake.tokenizer, settings), settings, listener)

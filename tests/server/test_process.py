@@ -13,17 +13,24 @@ import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 
 from tenfold import cli
-from tenfold.server import keys
+from tenfold.server import keys, launch
 from tenfold.server.keys import Key
 from tenfold.server.launch import EngineOptions
+from tenfold.server.serve import bound
 from tenfold.server.settings import Settings
+from tenfold.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from tests.server.conftest import FakeEngine, Running
 
 SCRIPT = Path(__file__).with_name("conftest.py")
+NO_KEYS = "tenfold: no keys: whoever reaches this address may ask. tenfold keys add makes one\n"
 
 
 class Process:
@@ -106,6 +113,42 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
         assert cli.main(["serve", str(tmp_path / "no-such-model"), *options]) == cli.MISTAKE
         error = capsys.readouterr().err
         assert complaint in error and error.count("\n") == 1
+
+
+def test_keys_and_address_are_looked_at_before_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text("{")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = str(other.getsockname()[1])
+        for options, complaint in [
+            (["--api-keys", str(damaged)], "no file of keys"),
+            (["--api-keys", str(tmp_path)], "Is a directory"),
+            (["--port", taken], f"127.0.0.1:{taken}: Address already in use; choose another"),
+            (["--host", "192.0.2.1"], "192.0.2.1:8000: Cannot assign"),
+            (["--host", "no-such-host.invalid"], "no-such-host.invalid:8000: "),
+        ]:
+            assert cli.main(["serve", str(tmp_path / "no-such-model"), *options]) == cli.MISTAKE
+            error = capsys.readouterr().err.removeprefix(NO_KEYS)
+            assert complaint in error and error.count("\n") == 1
+
+
+def test_what_fails_after_the_model_was_read_ends_the_engine(
+    server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with bound("127.0.0.1", 0) as other:  # listens only while the model is read
+        port, engine = other.getsockname()[1], server.engine
+
+        def start(model: str, options: EngineOptions) -> tuple[FakeEngine, Tokenizer, int]:
+            with socket.socket() as refused:
+                assert refused.connect_ex(("127.0.0.1", port))
+            other.listen()
+            return engine, engine.tokenizer, 100
+
+        monkeypatch.setattr(launch, "start_engine", start)
+        assert cli.main(["serve", str(tmp_path), "--port", str(port)]) == cli.MISTAKE
+    error = capsys.readouterr().err
+    assert f"127.0.0.1:{port}: Address already in use" in error and error.count("\n") == 1
+    assert engine.drained
 
 
 def test_every_knob_is_in_the_table() -> None:

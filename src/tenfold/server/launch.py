@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
 import logging
@@ -40,17 +41,20 @@ def launch(model: str, host: str, port: int, options: EngineOptions, settings: S
     """Serves a model until SIGTERM. Raises ValueError, OSError, MemoryError."""
     try:
         from tenfold.server.app import create_app
-        from tenfold.server.serve import serve
+        from tenfold.server.serve import bound, serve
     except ImportError as error:
         raise ValueError(f"{error.name} is missing, which the service needs: pip install 'tenfold[serve]'") from None
     if not 0 <= port < 1 << 16:
         raise ValueError(f"--port {port}: there are 0 to 65535")
     logging.basicConfig(format="tenfold: %(message)s", level=logging.WARNING)
-    settings = _with_keys(settings, host)
-    engine, tokenizer, context = start_engine(model, options)
-    names = settings.model_names or (Path(model).name,)
-    settings = replace(settings, model_names=names, context_length=min(settings.context_length or context, context))
-    serve(create_app(engine, tokenizer, _with_defaults(settings, Path(model))), settings, host, port)
+    settings = _with_defaults(_with_keys(settings, host), Path(model))
+    with bound(host, port) as listener:  # before the model is read, which may take minutes
+        engine, tokenizer, context = start_engine(model, options)
+        try:
+            settings = _for_model(settings, model, context)
+            serve(create_app(engine, tokenizer, settings), settings, listener)
+        finally:
+            asyncio.run(engine.drain(0))  # or its thread, and the weights with it, would outlive the interpreter
 
 
 def start_engine(model: str, options: EngineOptions) -> tuple[EngineLoop, Tokenizer, int]:
@@ -81,14 +85,25 @@ def _load(model: str, options: EngineOptions) -> tuple[NativeModel, Tokenizer]:
     return native, require_tokenizer(tokenizer, model)
 
 
+def _for_model(settings: Settings, model: str, context: int) -> Settings:
+    """What is left to the model: its name, and as much context as it and the memory allow."""
+    names = settings.model_names or (Path(model).name,)
+    return replace(settings, model_names=names, context_length=min(settings.context_length or context, context))
+
+
 def _with_keys(settings: Settings, host: str) -> Settings:
-    """The keys of `tenfold keys`, where there are any and no other file is named."""
+    """The keys of `tenfold keys`, where there are any and no other file is named.
+
+    Raises ValueError or OSError where the file cannot be read.
+    """
     path = settings.api_keys
     if path is None:
         path = keys.default_path() if keys.default_path().exists() else None
     elif not path.exists():
         raise ValueError(f"{path}: no such file; tenfold keys add NAME --api-keys {path} makes it")
-    if path is None and not _is_loopback(host):
+    if path is not None:
+        keys.KeyFile.read(path)
+    elif not _is_loopback(host):
         print("tenfold: no keys: whoever reaches this address may ask. tenfold keys add makes one", file=sys.stderr)
     return replace(settings, api_keys=path)
 

@@ -6,6 +6,8 @@ import asyncio
 import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
@@ -14,28 +16,47 @@ from fastapi import FastAPI
 from tenfold.server.settings import Settings
 from tenfold.server.wire import protocol
 
+BACKLOG = 1024  # connections that wait to be taken
 CLOSING_SECONDS = 5.0  # for answers to tell that they were cut off
 
 
-def serve(app: FastAPI, settings: Settings, host: str, port: int) -> None:
+def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> None:
     """Answers until SIGTERM or SIGINT; then takes no more, and lets those on their way end.
+
+    listener: of `bound`. Raises OSError where another process has begun to listen at its address since.
+    """
+    host, port = listener.getsockname()[:2]
+    with _naming(host, port):
+        listener.listen(BACKLOG)
+    print(f"listening on http://{_shown(host)}:{port}", file=sys.stderr, flush=True)
+    make_server(app, settings).run([listener])
+
+
+@contextmanager
+def bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that holds the address; connections are refused until it listens.
 
     Raises OSError where the address can't be had.
     """
-    with _listen(host, port) as listener:
-        address = listener.getsockname()
-        print(f"listening on http://{_shown(address[0])}:{address[1]}", file=sys.stderr, flush=True)
-        make_server(app, settings).run([listener])
+    with _naming(host, port):
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # or a restart would have to wait a minute
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # systems differ in what they take it for
+        with _naming(host, port):
+            listener.bind(address)
+        yield listener
 
 
-def _listen(host: str, port: int) -> socket.socket:
+@contextmanager
+def _naming(host: str, port: int) -> Iterator[None]:
+    """Errors of sockets, with the address and what to do."""
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=1024)
+        yield
     except OSError as error:
-        raise OSError(
-            error.errno, f"{error.strerror}; choose another with --host and --port", f"{host}:{port}"
-        ) from None
+        advice = f"{error.strerror}; choose another with --host and --port"
+        raise OSError(error.errno, advice, f"{_shown(host)}:{port}") from None
 
 
 def _shown(host: str) -> str:
