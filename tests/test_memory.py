@@ -32,22 +32,55 @@ def test_where_there_is_no_status_file_the_system_tells(monkeypatch: pytest.Monk
     assert 0.05 < peak_memory_gb() < 1000
 
 
-def test_what_is_available_is_the_least_that_the_system_and_the_container_allow(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    meminfo = tmp_path / "meminfo"
-    monkeypatch.setattr(memory, "MEMINFO", meminfo)
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands for a system: `meminfo`, `own`, which is /proc/self/cgroup, and `groups`; all missing."""
+    for name, file in (("MEMINFO", "meminfo"), ("OWN_GROUPS", "own"), ("CGROUP", "groups")):
+        monkeypatch.setattr(memory, name, tmp_path / file)
+    return tmp_path
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_text(f"{content}\n")
+
+
+def test_what_is_available_is_what_the_system_says_or_nothing_is_known(machine: Path) -> None:
     assert available_memory() is None
-    meminfo.write_text("MemTotal:  4000 kB\nMemAvailable:  3000 kB\n")
+    write(machine, {"meminfo": "MemTotal:  4000 kB\nMemAvailable:  3000 kB"})
     assert available_memory() == 3000 * 1024
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("1000\n")
+    write(machine, {"own": "0::/"})
     assert available_memory() == 3000 * 1024
-    (tmp_path / "memory.max").write_text("5000\n")
+
+
+def test_the_second_version_of_groups_limits_along_the_path(machine: Path) -> None:
+    write(machine, {"meminfo": "MemAvailable:  3000 kB", "own": "0::/system.slice/tenfold.service"})
+    root = machine / "groups"
+    service = root / "system.slice" / "tenfold.service"
+    write(service, {"memory.max": "max", "memory.current": "1000"})
+    assert available_memory() == 3000 * 1024
+    write(service, {"memory.max": "5000"})
     assert available_memory() == 4000
-    (tmp_path / "memory.max").write_text("500\n")
+    write(service, {"memory.stat": "anon 300\nfile 700\ninactive_file 500\nactive_file 100\nshmem 100"})
+    assert available_memory() == 4600
+    write(service.parent, {"memory.max": "2500", "memory.current": "2000"})  # of all services together
+    assert available_memory() == 500
+    write(root, {"memory.max": "1500", "memory.current": "2000"})  # as a container sees its own
     assert available_memory() == 0
+
+
+def test_the_first_version_of_groups_limits_too(machine: Path) -> None:
+    own = "5:cpu,cpuacct:/\n4:memory:/docker/1f\n1:name=systemd:/docker/1f\n0::/"
+    write(machine, {"meminfo": "MemAvailable:  3000 kB", "own": own})
+    root = machine / "groups" / "memory"  # a container's own; its path is one of the host's, and not there
+    write(root, {"memory.limit_in_bytes": str((1 << 63) - 4096), "memory.usage_in_bytes": "1000"})
+    assert available_memory() == 3000 * 1024
+    stat = "inactive_file 1\nactive_file 1\ntotal_inactive_file 200\ntotal_active_file 50"
+    write(root, {"memory.limit_in_bytes": "9000", "memory.stat": stat})
+    assert available_memory() == 8250
+    write(root / "docker" / "1f", {"memory.limit_in_bytes": "700", "memory.usage_in_bytes": "600"})
+    assert available_memory() == 100
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")

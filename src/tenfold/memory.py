@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+MEMINFO, OWN_GROUPS, CGROUP = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class GroupVersion(NamedTuple):
+    """Where one of the two versions of Linux's control groups tells of memory."""
+
+    controller: str  # in /proc/self/cgroup; the second version names none
+    folder: str  # below /sys/fs/cgroup
+    limit: str
+    usage: str
+    prefix: str  # in memory.stat, of numbers that include the groups within
+
+
+GROUP_VERSIONS = (
+    GroupVersion("", "", "memory.max", "memory.current", ""),
+    GroupVersion("memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+)
 
 
 def reset_peak_memory() -> None:
@@ -33,11 +51,43 @@ def peak_memory_gb() -> float:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had without swapping, within a container's limit; None where the system does not tell."""
-    counts = []
+    """Bytes that can be had without swapping, within what control groups allow; None where the system does not tell.
+
+    Groups are those of this process and all that these are in: containers and services are limited by them.
+    """
+    counts = [*_left_on_the_machine(), *_left_in_groups()]
+    return max(0, min(counts)) if counts else None
+
+
+def _left_on_the_machine() -> Iterator[int]:
     with suppress(OSError, StopIteration):
         line = next(line for line in MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
-        counts.append(int(line.split()[1]) * 1024)
-    with suppress(OSError, ValueError):  # "max" is no limit
-        counts.append(int((CGROUP / "memory.max").read_text()) - int((CGROUP / "memory.current").read_text()))
-    return max(0, min(counts)) if counts else None
+        yield int(line.split()[1]) * 1024
+
+
+def _left_in_groups() -> Iterator[int]:
+    for version, path in _own_groups():
+        for group in (path, *path.parents):
+            folder = CGROUP / version.folder / group
+            with suppress(OSError, ValueError):  # none in this place, or "max", which is no limit
+                limit, used = (int((folder / name).read_text()) for name in (version.limit, version.usage))
+                yield limit - used + _reclaimable(folder, version)
+
+
+def _own_groups() -> Iterator[tuple[GroupVersion, Path]]:
+    """This process's group in each hierarchy, relative to its root; in a container that may be a path outside of it."""
+    with suppress(OSError):
+        for line in OWN_GROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            for version in GROUP_VERSIONS:
+                if version.controller in controllers.split(","):
+                    yield version, Path(path.lstrip("/"))
+
+
+def _reclaimable(folder: Path, version: GroupVersion) -> int:
+    """Bytes of cached files, which count as used: reading a model fills a group with them up to its limit."""
+    names = {f"{version.prefix}{kind}_file" for kind in ("active", "inactive")}
+    with suppress(OSError):
+        fields = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return sum(int(value) for name, value in fields if name in names)
+    return 0
