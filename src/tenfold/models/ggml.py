@@ -49,6 +49,21 @@ def _q4_1(blocks: Tensor) -> Tensor:
     return _nibbles(blocks[:, 4:], 16) * _half(blocks, 0) + _half(blocks, 2)
 
 
+def _q5_0(blocks: Tensor) -> Tensor:
+    """fp16 scale, 4 bytes with the fifth bits, 16 bytes as of Q4_0; all plus 16."""
+    return (_nibbles(blocks[:, 6:], 16) + _fifths(blocks[:, 2:6])).sub_(16) * _half(blocks, 0)
+
+
+def _q5_1(blocks: Tensor) -> Tensor:
+    """fp16 scale, fp16 least value, 4 and 16 bytes as above without the 16."""
+    return (_nibbles(blocks[:, 8:], 16) + _fifths(blocks[:, 4:8])) * _half(blocks, 0) + _half(blocks, 2)
+
+
+def _fifths(packed: Tensor) -> Tensor:
+    """uint8 `[n, 32]`, 0 or 16: bit i of byte j is of weight 8 j + i."""
+    return (packed[:, :, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten(1) * 16
+
+
 # ---- 256 weights to a block, which has parts with scales of their own -----------------------------------------
 
 
@@ -107,6 +122,8 @@ BLOCK_TYPES = {
     "BF16": BlockType(30, 1, 2, lambda blocks: blocks.view(torch.bfloat16)),
     "Q4_0": BlockType(2, 32, 18, _q4_0),
     "Q4_1": BlockType(3, 32, 20, _q4_1),
+    "Q5_0": BlockType(6, 32, 22, _q5_0),
+    "Q5_1": BlockType(7, 32, 24, _q5_1),
     "Q8_0": BlockType(8, 32, 34, _q8_0),
     "Q4_K": BlockType(12, 256, 144, _q4_k),
     "Q5_K": BlockType(13, 256, 176, _q5_k),
