@@ -6,7 +6,6 @@ not finished has the ending `.part`.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -17,7 +16,15 @@ from pathlib import Path
 
 from tenfold.models.gguf import GGUF, read_gguf
 from tenfold.models.shapes import init_checkpoint
+from tenfold.models.weights import open_checkpoint
 
+CONVERT = """import pathlib, runpy, sys
+sys.path.insert(0, str(pathlib.Path(sys.argv[1]).parent))
+from conversion import TextModel
+TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"  # it knows tokenizers by a hash; ours cut as Qwen's do
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 GGUF_TYPES = {"int4": "Q4_0", "int8": "Q8_0", "bf16": "bf16"}  # of as many bits as our formats
 
 
@@ -51,35 +58,39 @@ def make_folder(folder: Path, shape: str) -> None:
         init_checkpoint(shape, folder)
 
 
-def make_gguf(folder: Path, work: Path, format: str, tools: Tools) -> Path:
-    """The file with the weights of `folder` in the type that a format of ours is compared with."""
-    path = gguf_path(folder, work, format)
+def make_gguf(folder: Path, work: Path, kind: str, tools: Tools, source: str = "bf16") -> Path:
+    """The file with the weights of `folder` in a type of llama.cpp's; the converter writes the source, bf16 or f32."""
+    path = work / f"{folder.resolve().name}-{kind}.gguf"
     if path.exists():
         return path
     part = path.with_suffix(".gguf.part")
-    if format == "bf16":
+    if kind == source:
         converter = tools.require("convert_hf_to_gguf.py")
         without_mtp = [] if has_mtp(folder) else ["--no-mtp"]
-        command = [sys.executable, converter, folder, "--outtype", "bf16", *without_mtp, "--outfile", part]
+        command = [
+            sys.executable,
+            "-c",
+            CONVERT,
+            converter,
+            folder,
+            "--outtype",
+            source,
+            *without_mtp,
+            "--outfile",
+            part,
+        ]
     else:
-        source = make_gguf(folder, work, "bf16", tools)
-        command = [tools.require("llama-quantize"), source, part, GGUF_TYPES[format], str(os.cpu_count() or 1)]
+        original = make_gguf(folder, work, source, tools, source)
+        command = [tools.require("llama-quantize"), original, part, kind, str(os.cpu_count() or 1)]
     say(f"writing {path}")
     run_tool([str(word) for word in command])
     part.rename(path)
     return path
 
 
-def gguf_path(folder: Path, work: Path, format: str) -> Path:
-    return work / f"{folder.resolve().name}-{GGUF_TYPES[format]}.gguf"
-
-
 def has_mtp(folder: Path) -> bool:
     """Whether the checkpoint has a module for multi-token prediction, of which the converter must know."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return False
-    return any(name.startswith("mtp.") for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    return any(name.startswith("mtp.") for name in open_checkpoint(folder).tensors)
 
 
 def run_tool(command: Sequence[str]) -> None:

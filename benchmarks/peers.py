@@ -260,7 +260,9 @@ def run(options: Options) -> None:
     make_folder(folder, SHAPE)
     tools, files = Tools(folder=options.llama_cpp), {}
     if any(isinstance(engine, LlamaBench) for engine in engines):
-        files = {format: make_gguf(folder, options.work, format, tools) for format in ("bf16", *options.formats)}
+        files = {
+            format: make_gguf(folder, options.work, GGUF_TYPES[format], tools) for format in ("bf16", *options.formats)
+        }
         check_files(folder, files["bf16"])
     for format in options.formats:
         job = Job(

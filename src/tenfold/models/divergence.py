@@ -9,7 +9,7 @@ Shape letters: N sequences, T tokens of each, D hidden, E experts, F expert widt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -134,24 +134,32 @@ class Comparison:
         return functional_call(self._skeleton.model.norm, {"weight": self._norm}, (x,))
 
     def _compare_logits(self, tokens: Tensor) -> Divergence:
-        sums = torch.zeros(4, dtype=torch.float64)
         norm, head = norm_weight(self.config, self._norm), list(self._packed_head.matrices.values())
-        following = F.pad(tokens[:, 1:], (0, 1), value=-1).flatten()
         exact, packed = (self.streams[name].flatten(0, 1).split(CHUNK) for name in ("exact", "packed"))
-        for x, y, after in zip(exact, packed, following.split(CHUNK), strict=True):
-            p = F.linear(self._exact_norm(x), self._exact_head).log_softmax(-1)
-            q = cpu.linear_stacked(cpu.rms_norm(y.contiguous(), norm), head).log_softmax(-1)
-            sums += _compare(p, q, after)
-        kl, same, nll, packed_nll = sums.tolist()
-        count, predicted = tokens.numel(), int((following >= 0).sum())
-        perplexities = torch.tensor([nll, packed_nll]).div(max(predicted, 1)).exp().tolist()
-        return Divergence(
-            tokens=count,
-            kl=kl / count,
-            same_top=same / count,
-            perplexity=perplexities[0],
-            packed_perplexity=perplexities[1],
+        return compare_logits(
+            tokens,
+            (F.linear(self._exact_norm(x), self._exact_head) for x in exact),
+            (cpu.linear_stacked(cpu.rms_norm(y.contiguous(), norm), head) for y in packed),
         )
+
+
+def compare_logits(tokens: Tensor, exact: Iterable[Tensor], packed: Iterable[Tensor]) -> Divergence:
+    """Of two models' logits after tokens `[N, T]`, in pieces `[t, vocab]`, one after another and equally long."""
+    following = F.pad(tokens[:, 1:], (0, 1), value=-1).flatten()
+    sums, count = torch.zeros(4, dtype=torch.float64), 0
+    for p, q in zip(exact, packed, strict=True):
+        sums += _compare(p.log_softmax(-1), q.log_softmax(-1), following[count : count + len(p)])
+        count += len(p)
+    kl, same, nll, packed_nll = sums.tolist()
+    predicted = max(int((following >= 0).sum()), 1)
+    perplexity, packed_perplexity = torch.tensor([nll, packed_nll]).div(predicted).exp().tolist()
+    return Divergence(
+        tokens=count,
+        kl=kl / count,
+        same_top=same / count,
+        perplexity=perplexity,
+        packed_perplexity=packed_perplexity,
+    )
 
 
 def _compare(p: Tensor, q: Tensor, following: Tensor) -> Tensor:

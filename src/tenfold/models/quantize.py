@@ -95,7 +95,9 @@ def quantize(
         raise ValueError(
             f"{path}: no tokenizer, so no text can be read; --test-tokens 0 without --calibration packs alone"
         )
-    rows = [_rows(tokenizer, text, checkpoint.config) if tokenizer and text else None for text in (test, calibration)]
+    rows = [
+        read_rows(tokenizer, text, checkpoint.config) if tokenizer and text else None for text in (test, calibration)
+    ]
     job = _Job(path_or_name, checkpoint, format, out, *rows)
     started = time.perf_counter()
     job.run()
@@ -125,7 +127,7 @@ def _check_target(path: Path, out: Path) -> None:
         raise ValueError(f"{out}: holds another model ({taken[0]}); choose another folder with --out")
 
 
-def _rows(tokenizer: Tokenizer, text: Text, config: Config) -> Tensor:
+def read_rows(tokenizer: Tokenizer, text: Text, config: Config) -> Tensor:
     """Tokens of a text as int64 `[N, T]`. Raises ValueError where they are not of the model, or too few."""
     ids: list[int] = []
     for document in text.documents:
