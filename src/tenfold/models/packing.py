@@ -79,6 +79,8 @@ def plan_owner(config: Config, owner: str, shapes: Shapes, format: str) -> dict[
     """
     if format not in cpu.FORMATS:
         raise ValueError(f"unknown format {format!r}: {', '.join(cpu.FORMATS)}")
+    if owner.startswith("mtp"):
+        format = SENSITIVE[format]
     plan: dict[str, Planned] = {}
     if "mlp.experts.gate_up_proj" in shapes:
         plan[EXPERTS] = Planned("experts", format, _experts_shape(config), "mlp.experts.gate_up_proj")
