@@ -87,7 +87,7 @@ class Arm:
         return self.config.num_hidden_layers / self.model.config.num_hidden_layers
 
     def layer_bytes(self, context: int) -> float:
-        """What one token reads in the measured layers: weights, keys and values in fp16, states read and written."""
+        """What one token reads in the measured layers: weights, keys and values in 16 bits, states read and written."""
         config, kinds = self.config, self.model.config.layer_kinds
         attending = kinds.count(FULL_ATTENTION)
         keys = 4.0 * attending * context * config.num_key_value_heads * config.head_dim
