@@ -80,8 +80,10 @@ struct Plan {
   // Where a walk has its rounded weights; floats stay with the scores.
   template <class T>
   Factor<T>* weights_of(int64_t at) const {
-    if constexpr (sizeof(Factor<T>) == sizeof(float)) return scores + at;
-    else return reinterpret_cast<Factor<T>*>(weights + at);
+    if constexpr (sizeof(Factor<T>) == sizeof(float))
+      return scores + at;
+    else
+      return reinterpret_cast<Factor<T>*>(weights + at);
   }
 
   Sums take_sums(int64_t count, int64_t dim) {
@@ -176,16 +178,16 @@ struct Walk {
     const int64_t query = (head * op.q.rows + tile.first) * plan.shared;
     const int64_t keys = tile.position + tile.count - first_key - kBlockKeys;
     Block<T> block = {op,
-                            reinterpret_cast<const Factor<T>*>(plan.queries) + query * op.cache.dim,
-                            plan.query_scales + query,
-                            rows(),
-                            plan.shared,
-                            tile.position - first_key,
-                            op.sequences.pages[tile.sequence] + first_key / op.cache.page,
-                            number + 1 < end ? least(keys, kBlockKeys) : 0,
-                            head,
-                            plan.scores + buffer,
-                            plan.weights_of<T>(buffer)};
+                      reinterpret_cast<const Factor<T>*>(plan.queries) + query * op.cache.dim,
+                      plan.query_scales + query,
+                      rows(),
+                      plan.shared,
+                      tile.position - first_key,
+                      op.sequences.pages[tile.sequence] + first_key / op.cache.page,
+                      number + 1 < end ? least(keys, kBlockKeys) : 0,
+                      head,
+                      plan.scores + buffer,
+                      plan.weights_of<T>(buffer)};
     attend<T, kRowStep>(block, first_row(number), sums);
   }
 

@@ -51,8 +51,7 @@ struct Arithmetic<bf16> {
     return split;
   }
   TENFOLD_INLINE static F32 add(F32 sum, const Pairs& factors, const Pairs& x) {
-    unrolled<kPairSteps>(
-        [&](auto i) TENFOLD_BODY { sum = add_product(x.steps[i], factors.steps[i], sum); });
+    unrolled<kPairSteps>([&](auto i) TENFOLD_BODY { sum = add_product(x.steps[i], factors.steps[i], sum); });
     return sum;
   }
   TENFOLD_INLINE static F32 load_sum(const float* p) { return TENFOLD_ISA::load(p); }
@@ -144,7 +143,7 @@ struct Block {
   float* scores;       // kRowStep rows of kBlockKeys, which become weights,
   Factor<T>* weights;  // and are rounded to here, if factors are not floats
 
-  bool cold = true;    // no rows have been here yet: what they read next is fetched, since pages lie anywhere
+  bool cold = true;  // no rows have been here yet: what they read next is fetched, since pages lie anywhere
 
   // How many of the block's keys a row may look at.
   int64_t visible(int64_t row) const { return clamp(position + row / shared + 1, 0, kBlockKeys); }
@@ -270,7 +269,8 @@ void add_half_pair(const T* values, int64_t dim, const Factor<T>* weights, int64
   using A = Arithmetic<T>;
   const auto weight = A::splat(weights + key);
   for (int64_t i = 0; i < dim; i += kLanes) {
-    A::store_sum(to + i, A::add(A::load_sum(to + i), weight, A::load_first(values + key * dim + i * A::kDepth)));
+    A::store_sum(to + i,
+                 A::add(A::load_sum(to + i), weight, A::load_first(values + key * dim + i * A::kDepth)));
   }
 }
 

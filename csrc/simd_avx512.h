@@ -105,7 +105,8 @@ using PairWeights = I32;
 using PairInput = bf16;
 TENFOLD_INLINE PairWeights pair_weights(I32 pair, int) { return pair; }
 TENFOLD_INLINE I32 pair_inputs(const PairInput* pair, int) { return splat_bits(pair); }
-TENFOLD_INLINE I32 first_of_pairs(I32 pairs) { return _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff)); }  // the others count as zero
+// The second of each pair counts as zero.
+TENFOLD_INLINE I32 first_of_pairs(I32 pairs) { return _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff)); }
 TENFOLD_INLINE F32 add_product(I32 weights, I32 input, F32 sum) {
   return _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)input);
 }

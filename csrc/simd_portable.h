@@ -123,7 +123,8 @@ TENFOLD_INLINE PairWeights pair_weights(I32 pair, int step) {
   return (F32)(step == 0 ? (U32)pair << 16 : (U32)pair & 0xffff0000);
 }
 TENFOLD_INLINE F32 pair_inputs(const PairInput* pair, int step) { return splat(pair[step]); }
-TENFOLD_INLINE I32 first_of_pairs(I32 pairs) { return pairs & 0xffff; }  // the others count as zero
+// The second of each pair counts as zero.
+TENFOLD_INLINE I32 first_of_pairs(I32 pairs) { return pairs & 0xffff; }
 TENFOLD_INLINE F32 add_product(F32 weights, F32 input, F32 sum) { return fma(weights, input, sum); }
 
 }  // namespace
