@@ -159,12 +159,13 @@ def test_pages_of_any_size_give_the_same_bits(isa: str) -> None:
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
-def test_company_does_not_matter(isa: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_company_does_not_matter(isa: str, dtype: torch.dtype) -> None:
     layer, past, fresh = LAYERS[1], [0, 299, 17, 255], [40, 1, 3, 2]
     total = sum(past) + sum(fresh)
     inputs = layer.inputs(total)
     pieces = list(zip(*(x.split([p + n for p, n in zip(past, fresh, strict=True)]) for x in inputs), strict=True))
-    alone, pages = Pages(layer), Pages(layer)
+    alone, pages = Pages(layer, dtype), Pages(layer, dtype)
     tables = [pages.take(p + n) for p, n in zip(past, fresh, strict=True)]
     right = []
     for piece, before, table in zip(pieces, past, tables, strict=True):
@@ -176,6 +177,22 @@ def test_company_does_not_matter(isa: str) -> None:
         cpu.set_threads(threads)
         bounds = torch.tensor([0, *fresh]).cumsum(0).tolist()
         assert torch.equal(run(pages, new, bounds, past, tables), torch.cat(right))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8])
+def test_a_long_walk_gives_the_same_bits_on_any_threads(isa: str, dtype: torch.dtype) -> None:
+    """With one thread a walk is whole; with more it is cut into runs of blocks, and so long a one into waves of runs."""
+    layer, past = LAYERS[1], 33_333
+    pages = Pages(layer, dtype, 32, count=past // 32 + 1)
+    for array in pages.arrays:
+        array.copy_(normal(*array.shape, seed=7) * (40 if array.dtype == torch.int8 else 1))
+    table = pages.take(past + 1)
+    outputs = []
+    for threads in (1, 2, 5):
+        cpu.set_threads(threads)
+        outputs.append(run(pages, layer.inputs(1), [0, 1], [past], [table]))
+    assert outputs[0].isfinite().all()
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
 def test_sequences_share_pages_that_they_only_read(isa: str) -> None:
@@ -192,14 +209,15 @@ def test_sequences_share_pages_that_they_only_read(isa: str) -> None:
         assert (part - right).abs().max() <= TOLERANCE[torch.float32] * right.abs().max()
 
 
-def test_a_later_bad_token_spoils_nothing_before_it(isa: str) -> None:
-    layer, tokens = LAYERS[1], 40
-    inputs, pages = layer.inputs(tokens), Pages(layer)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_later_bad_token_spoils_nothing_before_it(isa: str, dtype: torch.dtype) -> None:
+    layer, tokens, bad = LAYERS[1], 40, 21  # in bf16, the second of a pair
+    inputs, pages = layer.inputs(tokens), Pages(layer, dtype)
     right = run(pages, inputs, [0, tokens], [0], [pages.take(tokens)])
     for x in inputs[1:]:
-        x[20] = float("nan")
+        x[bad] = float("nan")
     y = run(pages, inputs, [0, tokens], [0], [pages.take(tokens)])
-    assert torch.equal(y[:20], right[:20]) and y[20:].isnan().all()
+    assert torch.equal(y[:bad], right[:bad]) and y[bad:].isnan().all()
 
 
 def test_huge_scores_stay_exact(isa: str) -> None:
