@@ -181,7 +181,7 @@ def test_company_does_not_matter(isa: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8])
 def test_a_long_walk_gives_the_same_bits_on_any_threads(isa: str, dtype: torch.dtype) -> None:
-    """With one thread a walk is whole; with more it is cut into runs of blocks, and so long a one into waves of runs."""
+    """One thread takes a walk as a whole; more take runs of its blocks, of so long a one in several waves."""
     layer, past = LAYERS[1], 33_333
     pages = Pages(layer, dtype, 32, count=past // 32 + 1)
     for array in pages.arrays:
