@@ -21,13 +21,15 @@ from tenfold.server.settings import Settings
 from tenfold.tokenizer import Tokenizer
 
 Quantization = Literal["bf16", "int8", "int4"]
+KvFormat = Literal["fp32", "fp16", "bf16", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """The knobs of the engine; none of them changes an answer, but for the quantization."""
+    """The knobs of the engine; none of them changes an answer, but for the first two."""
 
     quantization: Quantization | None = None  # how the weights are packed: bf16, or as a packed folder has them
+    kv_format: KvFormat = "bf16"  # of keys and values; in int8 twice as long a context fits
     threads: int | None = None  # of the kernels; without it one per core
     memory: float = 1.0  # GB for running requests and cached prefixes, beside the weights
     max_batch: int = 8  # requests that run at once
@@ -81,7 +83,7 @@ def start_engine(model: str, options: EngineOptions) -> tuple[EngineLoop, Tokeni
 def _load(model: str, options: EngineOptions) -> tuple[NativeModel, Tokenizer]:
     if options.threads is not None:
         cpu.set_threads(options.threads)
-    native, tokenizer = start_native(model, options.quantization)
+    native, tokenizer = start_native(model, options.quantization, options.kv_format)
     return native, require_tokenizer(tokenizer, model)
 
 
