@@ -180,16 +180,7 @@ TENFOLD_INLINE void score(const Block<T>& block, const Page<T>& page, int64_t pl
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      float* to = scores + r * kBlockKeys + v * kLanes;
-      if constexpr (kScaled<T>) {
-        const F32 unit =
-            load(page.key_scales + place + v * kLanes) * splat(block.query_scales[first_row + r]);
-        store(to, to_float(sums[r][v]) * unit);
-      } else {
-        store(to, sums[r][v]);
-      }
-    }
+    for (int v = 0; v < kVectors; ++v) A::store_sum(scores + r * kBlockKeys + v * kLanes, sums[r][v]);
   }
 }
 
@@ -206,6 +197,20 @@ void score_rows(const Block<T>& block, int64_t first_row, int64_t keys) {
       } else {
         score<T, kRows, 1>(block, page, place, first_row, scores);
       }
+    }
+  }
+}
+
+// Integers become scores. Not where they are summed up: gcc would carry each sum through the loop twice, as either type.
+template <class T>
+void scale_scores(const Block<T>& block, int64_t row, int64_t keys, float* scores) {
+  const int64_t size = block.op.cache.page;
+  const F32 unit = splat(block.query_scales[row]);
+  for (int64_t first = 0; first < keys; first += size) {
+    const float* scales = block.page(first).key_scales;
+    for (int64_t i = 0; i < size && first + i < keys; i += kLanes) {
+      float* at = scores + first + i;
+      store(at, to_float(load_bits(at)) * (load(scales + i) * unit));
     }
   }
 }
@@ -342,6 +347,9 @@ template <class T, int kRows>
 void attend_rows(const Block<T>& block, int64_t first_row, const Sums& sums) {
   score_rows<T, kRows>(block, first_row, block.visible(first_row + kRows - 1));
   for (int r = 0; r < kRows; ++r) {
+    if constexpr (kScaled<T>) {
+      scale_scores<T>(block, first_row + r, block.visible(first_row + r), block.scores + r * kBlockKeys);
+    }
     soften(block.scores + r * kBlockKeys, block.visible(first_row + r), sums.most[r], sums.total[r]);
   }
   if constexpr (kScaled<T>) {
