@@ -137,6 +137,7 @@ double memory_read_gb_s(int64_t megabytes) {
 // 10^9 multiplications and additions a second that the pool does on numbers in registers: the best of some rounds.
 double multiply_gop_s(std::string_view name) {
   const Multiplier multiplier = name == "fp32"                       ? Multiplier::f32
+                                : name == "int16"                    ? Multiplier::int16
                                 : format_named(name) == Format::bf16 ? Multiplier::bf16
                                 : format_named(name) == Format::int8 ? Multiplier::int8
                                                                      : Multiplier::int4;

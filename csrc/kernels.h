@@ -161,7 +161,7 @@ struct SwiGlu {
 
 // What `multiply_in_registers` multiplies, and how: as products with weights of these formats do, or in fp32. It says
 // how many products it has added up.
-enum class Multiplier : uint8_t { f32, bf16, int8, int4 };
+enum class Multiplier : uint8_t { f32, bf16, int16, int8, int4 };
 
 // X(result, name, arguments)
 #define TENFOLD_KERNELS(X)                               \

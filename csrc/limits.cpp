@@ -49,6 +49,14 @@ struct BytesSum : Sum {
   TENFOLD_INLINE void add(I32 weights, const uint8_t* input) { Sum::add(weights, splat_bits(input)); }
 };
 
+// Of products of a pair of 16-bit numbers a lane.
+struct PairsSum {
+  I32 sum;
+  TENFOLD_INLINE void start(int32_t) { sum = I32{}; }
+  TENFOLD_INLINE void add(I32 pairs, I32 input) { sum = add_pairs(sum, pairs, input); }
+  TENFOLD_INLINE I32 total() const { return sum; }
+};
+
 // Adds up products in registers. Inputs are read from where the compiler cannot tell: none is computed beforehand.
 template <class Sum>
 void add_up_bytes(const Numbers& weights, const uint8_t* inputs, Numbers& out) {
@@ -89,6 +97,9 @@ int64_t multiply_in_registers(Multiplier multiplier) noexcept {
   switch (multiplier) {
     case Multiplier::f32: add_up_f32(weights, inputs.bytes, out); break;
     case Multiplier::bf16: add_up_bf16(weights, inputs.bytes, out), products *= 2 / kPairSteps; break;
+    case Multiplier::int16:
+      add_up_bytes<BytesSum<PairsSum>>(weights, inputs.bytes, out), products *= 2;
+      break;
     case Multiplier::int8: add_up_bytes<BytesSum<Int8Sum>>(weights, inputs.bytes, out), products *= 4; break;
     case Multiplier::int4: add_up_bytes<BytesSum<Int4Sum>>(weights, inputs.bytes, out), products *= 4; break;
   }

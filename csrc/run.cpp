@@ -71,6 +71,16 @@ Work work_of(const DeltaNet& op) {
           7 * state * number(op.qkvz.rows)};
 }
 
+const char* name_of(CacheType type) {
+  switch (type) {
+    case CacheType::f32: return "fp32";
+    case CacheType::bf16: return "bf16";
+    case CacheType::f16: return "fp16";
+    case CacheType::int8: return "int8";
+  }
+  return "";
+}
+
 Work work_of(const Attention& op) {
   double held = 0, pairs = 0;  // tokens in the cache; pairs of a new token and one that it sees
   for (int64_t n = 0; n < op.sequences.count; ++n) {
@@ -80,7 +90,8 @@ Work work_of(const Attention& op) {
     pairs += tokens * past + tokens * (tokens + 1) / 2;
   }
   const double element = op.cache.type == CacheType::f32 ? 4 : op.cache.type == CacheType::int8 ? 1 : 2;
-  return {"attention", 2 * held * number(op.cache.kv_heads * op.cache.dim) * element,
+  return {std::string("attention ") + name_of(op.cache.type),
+          2 * held * number(op.cache.kv_heads * op.cache.dim) * element,
           4 * pairs * number(op.heads * op.cache.dim)};
 }
 

@@ -71,7 +71,7 @@ def test_a_profile_accounts_for_the_time(folder: Path, capsys: pytest.CaptureFix
     prefill, decode = json.loads(capsys.readouterr().out)["profiles"]
     for profile in (prefill, decode):
         kernels = {kernel["kernel"]: kernel for kernel in profile["kernels"]}
-        assert {"linear int4", "experts int4", "gated delta net", "attention", "norm"} <= set(kernels)
+        assert {"linear int4", "experts int4", "gated delta net", "attention bf16", "norm"} <= set(kernels)
         assert 0 < sum(kernel["share"] for kernel in kernels.values()) < 1
         assert sum(kernel["milliseconds"] for kernel in kernels.values()) < profile["milliseconds"]
         assert kernels["norm"]["limit_share"] is None

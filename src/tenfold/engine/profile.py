@@ -15,7 +15,7 @@ from tenfold.models.native import NativeModel
 if TYPE_CHECKING:
     from rich.table import Table
 
-FLOATS = ("gated delta net", "attention")  # which compute in fp32
+NUMBERS = {"gated delta net": "fp32", "attention fp16": "fp32", "attention int8": "int16"}  # or in the name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Limits:
 
     def gop_s(self, kernel: str) -> float:
         """10^9 operations a second, in the numbers that a kernel multiplies."""
-        numbers = "fp32" if kernel in FLOATS else kernel.rsplit(" ", 1)[-1]
+        numbers = NUMBERS.get(kernel) or kernel.rsplit(" ", 1)[-1]
         if numbers not in self._gop_s:
             self._gop_s[numbers] = cpu.multiply_gop_s(numbers)
         return self._gop_s[numbers]

@@ -120,9 +120,10 @@ def memory_read_gb_s(megabytes: int = 512) -> float:
 
 
 def multiply_gop_s(format: str) -> float:
-    """10^9 operations a second on numbers in registers, as a format needs them, or `fp32`: what bounds prefill.
+    """10^9 operations a second on numbers in registers, as a format needs them: what bounds prefill.
 
-    A multiplication and an addition are two.
+    `fp32` and `int16`, in pairs as attention in int8 takes them, are formats here as well. A multiplication and an
+    addition are two.
     """
     return _native().multiply_gop_s(format)
 
