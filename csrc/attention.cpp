@@ -99,7 +99,7 @@ struct Plan {
   int64_t walks;                 // a tile with one key head each
   int64_t wave;  // how many blocks of every walk threads share at a time; 0: a walk is one thread's
   int64_t run;   // how many of them are one task
-  float *queries, *query_scales, *scores;  // queries are int16 where keys are int8
+  float *queries, *query_scales, *scores;  // queries are of type Factor
   int16_t* weights;
   Sums so_far, parts;
 };

@@ -110,8 +110,8 @@ struct DeltaNet {
 enum class CacheType : uint8_t { f32, bf16, f16, int8 };
 
 // One layer's keys and values in pages. Keys are [pages, G, K, page], so that lanes are tokens; values
-// [pages, G, page, K]. In int8 pairs of what is summed over stand together, keys [pages, G, K / 2, page, 2],
-// values [pages, G, page / 2, K, 2], and each token of each head has a scale [pages, G, page].
+// [pages, G, page, K]. In bf16 and int8 pairs of what is summed over stand together, keys [pages, G, K / 2, page,
+// 2], values [pages, G, page / 2, K, 2]; in int8 each token of each head has a scale [pages, G, page].
 struct PagedCache {
   void *keys, *values;
   float *key_scales, *value_scales;

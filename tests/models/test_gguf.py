@@ -127,10 +127,8 @@ def test_quantised_files_are_what_the_gguf_package_takes_them_for(name: str, fil
 
 def test_every_type_is_in_a_file(files: Path) -> None:
     found = {tensor.dtype for tensor in read_gguf(files / "wide-mixed.gguf").tensors.values()}
-    assert found == set(BLOCK_TYPES) - {
-        "Q5_0",
-        "Q5_1",
-    }  # which take the place of Q4_K and Q5_K in rows of other lengths
+    substitutes = {"Q5_0", "Q5_1"}  # of Q4_K and Q5_K, in rows of other lengths
+    assert found == set(BLOCK_TYPES) - substitutes
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)

@@ -53,8 +53,8 @@ class DecoderLayer:
 
     def __call__(self, residual: cpu.Residual, memory: KeyValueMemory | RecurrentMemory, batch: cpu.Batch) -> None:
         """Adds what it computes to the residual stream."""
-        cpu.mix(self._mixer, residual, memory.handle, batch)
-        cpu.feed_forward(self._feed_forward, residual)
+        self.mix(residual, memory, batch)
+        self.feed_forward(residual)
 
     def mix(self, residual: cpu.Residual, memory: KeyValueMemory | RecurrentMemory, batch: cpu.Batch) -> None:
         """The first half, with which the memory has the tokens."""
