@@ -109,7 +109,7 @@ float round_to(const float* x, int64_t count, int16_t* to) {
 template <class T>
 struct Page {
   Page(const PagedCache& cache, int64_t page, int64_t head) {
-    const int64_t at = page * cache.kv_heads + head;
+    const int64_t at = head * cache.pages + page;
     keys = static_cast<T*>(cache.keys) + at * cache.dim * cache.page;
     values = static_cast<T*>(cache.values) + at * cache.dim * cache.page;
     if constexpr (kScaled<T>) {
@@ -148,9 +148,17 @@ struct Block {
   // How many of the block's keys a row may look at.
   int64_t visible(int64_t row) const { return clamp(position + row / shared + 1, 0, kBlockKeys); }
   Page<T> page(int64_t key) const { return {op.cache, pages[key / op.cache.page], head}; }
-  // Keys of the next block, to be fetched while the values of the page at this key are read; or null.
-  const T* next_keys(int64_t key) const {
-    return cold && key < following ? page(kBlockKeys + key).keys : nullptr;
+  // What is read after the keys of the page at `key`, and after its values; null if that is no more to be fetched.
+  const T* after_keys(int64_t key, int64_t keys) const {
+    if (!cold) return nullptr;
+    const int64_t next = key + op.cache.page;
+    return next < keys ? page(next).keys : page(0).values;
+  }
+  const T* after_values(int64_t key, int64_t keys) const {
+    if (!cold) return nullptr;
+    const int64_t next = key + op.cache.page;
+    if (next < keys) return page(next).values;
+    return following > 0 ? page(kBlockKeys).keys : nullptr;
   }
 };
 
@@ -161,19 +169,19 @@ TENFOLD_INLINE void fetch(const T* from, int64_t at, int count) {
   for (int i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(from + at + i);
 }
 
-// Scores of `kRows` rows with kVectors * kLanes keys of a page, from `place` on. Meanwhile their values are fetched.
+// Scores of `kRows` rows with kVectors * kLanes keys of a page, from `place` on. Meanwhile as much of `next` is fetched.
 template <class T, int kRows, int kVectors>
 TENFOLD_INLINE void score(const Block<T>& block, const Page<T>& page, int64_t place, int64_t first_row,
-                          float* scores) {
+                          const T* next, float* scores) {
   using A = Arithmetic<T>;
   const int64_t dim = block.op.cache.dim, stride = block.op.cache.page * A::kDepth;
-  const T *keys = page.keys + place * A::kDepth, *values = block.cold ? page.values : nullptr;
+  const T* keys = page.keys + place * A::kDepth;
   const Factor<T>* q = block.queries + first_row * dim;
   typename A::Sum sums[kRows][kVectors] = {};
   for (int64_t i = 0; i < dim; i += A::kDepth, keys += stride) {
     decltype(A::load(keys)) k[kVectors];
     for (int v = 0; v < kVectors; ++v) k[v] = A::load(keys + v * kLanes * A::kDepth);
-    fetch(values, keys - page.keys, kVectors * kLanes * A::kDepth);
+    fetch(next, keys - page.keys, kVectors * kLanes * A::kDepth);
     for (int r = 0; r < kRows; ++r) {
       const auto x = A::splat(q + r * dim + i);
       for (int v = 0; v < kVectors; ++v) sums[r][v] = A::add(sums[r][v], x, k[v]);
@@ -190,12 +198,13 @@ void score_rows(const Block<T>& block, int64_t first_row, int64_t keys) {
   for (int64_t first = 0; first < keys; first += size) {
     const Page<T> page = block.page(first);
     const int64_t end = least(size, keys - first);
+    const T* next = block.after_keys(first, keys);
     for (int64_t place = 0; place < end; place += 2 * kLanes) {
       float* scores = block.scores + first + place;
       if (place + kLanes < end) {
-        score<T, kRows, 2>(block, page, place, first_row, scores);
+        score<T, kRows, 2>(block, page, place, first_row, next, scores);
       } else {
-        score<T, kRows, 1>(block, page, place, first_row, scores);
+        score<T, kRows, 1>(block, page, place, first_row, next, scores);
       }
     }
   }
@@ -234,8 +243,9 @@ void soften(float* scores, int64_t keys, float& highest, float& total) {
 // of `next_keys` are fetched.
 template <class T, int kRows, int kVectors>
 TENFOLD_INLINE void add_columns(const T* values, int64_t dim, const Factor<T>* weights, int64_t begin,
-                                int64_t end, const T* next_keys, float* to) {
+                                int64_t end, const T* next, float* to) {
   using A = Arithmetic<T>;
+  int64_t fetched = 0;
   for (int64_t i = 0; i < dim; i += kVectors * kLanes) {
     typename A::Sum sums[kRows][kVectors];
     for (int r = 0; r < kRows; ++r) {
@@ -245,7 +255,8 @@ TENFOLD_INLINE void add_columns(const T* values, int64_t dim, const Factor<T>* w
       decltype(A::load(values)) x[kVectors];
       const int64_t at = key * dim + i * A::kDepth;
       for (int v = 0; v < kVectors; ++v) x[v] = A::load(values + at + v * kLanes * A::kDepth);
-      fetch(next_keys, at, kVectors * kLanes * A::kDepth);
+      fetch(next, fetched, kVectors * kLanes * A::kDepth);
+      fetched += kVectors * kLanes * A::kDepth;
       for (int r = 0; r < kRows; ++r) {
         const auto weight = A::splat(weights + r * kBlockKeys + key);
         for (int v = 0; v < kVectors; ++v) sums[r][v] = A::add(sums[r][v], weight, x[v]);
@@ -259,12 +270,12 @@ TENFOLD_INLINE void add_columns(const T* values, int64_t dim, const Factor<T>* w
 
 template <class T, int kRows>
 void add_page(const T* values, int64_t dim, const Factor<T>* weights, int64_t begin, int64_t end,
-              const T* next_keys, float* to) {
+              const T* next, float* to) {
   if (begin == end) return;
   if (dim % (2 * kLanes) == 0) {
-    add_columns<T, kRows, 2>(values, dim, weights, begin, end, next_keys, to);
+    add_columns<T, kRows, 2>(values, dim, weights, begin, end, next, to);
   } else {
-    add_columns<T, kRows, 1>(values, dim, weights, begin, end, next_keys, to);
+    add_columns<T, kRows, 1>(values, dim, weights, begin, end, next, to);
   }
 }
 
@@ -302,7 +313,7 @@ void weigh_rows(const Block<T>& block, int64_t first_row, float* to) {
     const T* values = block.page(first).values;
     const Factor<T>* weights = block.weights + first;
     const int64_t end = clamp(common - first, 0, size) / kDepth * kDepth;
-    add_page<T, kRows>(values, dim, weights, 0, end, block.next_keys(first), to);
+    add_page<T, kRows>(values, dim, weights, 0, end, block.after_values(first, all), to);
     for (int r = 0; r < kRows; ++r) {
       const int64_t own = clamp(block.visible(first_row + r) - first, end, size);
       add_own<T>(values, dim, weights + r * kBlockKeys, end, own, to + r * dim);
@@ -336,7 +347,7 @@ void weigh_rows(const Block<int8_t>& block, int64_t first_row, float* to) {
   memset(to, 0, static_cast<size_t>(kRows * dim) * sizeof(float));
   for (int64_t first = 0; first < all; first += size) {
     add_page<int8_t, kRows>(block.page(first).values, dim, block.weights + first, 0, least(size, all - first),
-                            block.next_keys(first), to);
+                            block.after_values(first, all), to);
   }
   for (int r = 0; r < kRows; ++r, to += dim) {
     for (int64_t i = 0; i < dim; i += kLanes) store(to + i, to_float(load_bits(to + i)) * splat(units[r]));

@@ -109,14 +109,14 @@ struct DeltaNet {
 
 enum class CacheType : uint8_t { f32, bf16, f16, int8 };
 
-// One layer's keys and values in pages. Keys are [pages, G, K, page], so that lanes are tokens; values
-// [pages, G, page, K]. In bf16 and int8 pairs of what is summed over stand together, keys [pages, G, K / 2, page,
-// 2], values [pages, G, page / 2, K, 2]; in int8 each token of each head has a scale [pages, G, page].
+// One layer's keys and values in pages. Keys are [G, pages, K, page], so that lanes are tokens; values
+// [G, pages, page, K]. In bf16 and int8 pairs of what is summed over stand together, keys [G, pages, K / 2, page,
+// 2], values [G, pages, page / 2, K, 2]; in int8 each token of each head has a scale [G, pages, page].
 struct PagedCache {
   void *keys, *values;
   float *key_scales, *value_scales;
   CacheType type;
-  int64_t kv_heads, dim, page;
+  int64_t kv_heads, pages, dim, page;
 };
 
 // Attention between its two projections: norm and rotation of queries and keys, their place in the cache,

@@ -270,9 +270,9 @@ KeyValuePages::KeyValuePages(Output keys, Output values, std::optional<Output> k
   view_.type = cache_type(keys_);
   const bool scaled = view_.type == CacheType::int8, pairs = scaled || view_.type == CacheType::bf16;
   require(keys_.ndim() == (pairs ? 5 : 4),
-          pairs ? "int8 and bfloat16 keys must be [pages, heads, head dim / 2, page size, 2]"
-                : "keys must be [pages, heads, head dim, page size]");
-  const auto heads = static_cast<int64_t>(keys_.shape(1)), size = static_cast<int64_t>(keys_.shape(3));
+          pairs ? "int8 and bfloat16 keys must be [heads, pages, head dim / 2, page size, 2]"
+                : "keys must be [heads, pages, head dim, page size]");
+  const auto heads = static_cast<int64_t>(keys_.shape(0)), size = static_cast<int64_t>(keys_.shape(3));
   const int64_t dim = static_cast<int64_t>(keys_.shape(2)) * (pairs ? 2 : 1);
   require(heads >= 1, "keys must have one head at least");
   if (size != 16 && size != 32 && size != 64)
@@ -281,19 +281,19 @@ KeyValuePages::KeyValuePages(Output keys, Output values, std::optional<Output> k
   if (dim > kMostHeadDim) refuse("the head dimension must be at most %lld", number(kMostHeadDim));
   require(keys_.dtype() == values_.dtype(), "keys and values must have the same dtype");
   if (pairs) {
-    view_.keys = page_data(keys_, {pages(), heads, dim / 2, size, 2}, "keys");
-    view_.values = page_data(values_, {pages(), heads, size / 2, dim, 2}, "values");
+    view_.keys = page_data(keys_, {heads, pages(), dim / 2, size, 2}, "keys");
+    view_.values = page_data(values_, {heads, pages(), size / 2, dim, 2}, "values");
   } else {
-    view_.keys = page_data(keys_, {pages(), heads, dim, size}, "keys");
-    view_.values = page_data(values_, {pages(), heads, size, dim}, "values");
+    view_.keys = page_data(keys_, {heads, pages(), dim, size}, "keys");
+    view_.values = page_data(values_, {heads, pages(), size, dim}, "values");
   }
-  view_.kv_heads = heads, view_.dim = dim, view_.page = size;
+  view_.kv_heads = heads, view_.pages = pages(), view_.dim = dim, view_.page = size;
   view_.key_scales = view_.value_scales = nullptr;
   require(key_scales_.has_value() == scaled && value_scales_.has_value() == scaled,
           "key_scales and value_scales belong to int8 keys and values, and to no others");
   if (!scaled) return;
-  view_.key_scales = contiguous<float>(*key_scales_, {pages(), heads, size}, "key_scales", "float32");
-  view_.value_scales = contiguous<float>(*value_scales_, {pages(), heads, size}, "value_scales", "float32");
+  view_.key_scales = contiguous<float>(*key_scales_, {heads, pages(), size}, "key_scales", "float32");
+  view_.value_scales = contiguous<float>(*value_scales_, {heads, pages(), size}, "value_scales", "float32");
 }
 
 void require_shape(const Rows& array, int64_t rows, int64_t cols, const char* name) {

@@ -116,7 +116,7 @@ class KeyValuePages {
                 std::optional<Output> value_scales = std::nullopt);
 
   const PagedCache& view() const { return view_; }
-  int64_t pages() const { return static_cast<int64_t>(keys_.shape(0)); }
+  int64_t pages() const { return static_cast<int64_t>(keys_.shape(1)); }
 
  private:
   Output keys_, values_;

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from heapq import heappop, heappush
+
 
 class Pool:
     """Every piece is free, held by running sequences (how many is counted), kept by the cache, or both held and kept.
 
-    What is kept but not held can be had by eviction, so `available` counts it with what is free.
+    What is kept but not held can be had by eviction, so `available` counts it with what is free. The lowest free piece
+    is taken first: what a sequence reads then lies in long runs, which memory gives faster.
     """
 
     def __init__(self, size: int) -> None:
@@ -14,7 +17,7 @@ class Pool:
         self.held = 0  # pieces that at least one sequence holds
         self._holders = [0] * size
         self._kept = [False] * size
-        self._free = list(reversed(range(size)))
+        self._free = list(range(size))  # a heap
 
     @property
     def free(self) -> int:
@@ -27,7 +30,7 @@ class Pool:
 
     def take(self) -> int:
         """A free piece, held by one sequence from now on; there must be one."""
-        piece = self._free.pop()
+        piece = heappop(self._free)
         self.hold(piece)
         return piece
 
@@ -58,7 +61,7 @@ class Pool:
 
     def _free_unused(self, piece: int) -> None:
         if not self._holders[piece] and not self._kept[piece]:
-            self._free.append(piece)
+            heappush(self._free, piece)
 
     def check_integrity(self, held: list[int], kept: list[int]) -> None:
         """held, kept: pieces as their owners list them, once for each sequence that holds it."""

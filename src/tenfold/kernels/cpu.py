@@ -294,30 +294,29 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(_native().empty_bytes(count * dtype.itemsize)).view(dtype).view(*shape)
 
 
-def page_parts(
-    heads: int, head_dim: int, page_size: int, dtype: torch.dtype
-) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-    """Shapes and dtypes of what `key_value_pages` takes, of one page: keys, values, and for int8 their scales."""
+def page_parts(head_dim: int, page_size: int, dtype: torch.dtype) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shapes and dtypes of a page of one head, as `key_value_pages` takes them: keys, values, for int8 their scales."""
     if dtype not in (torch.int8, torch.bfloat16):
-        return ((heads, head_dim, page_size), dtype), ((heads, page_size, head_dim), dtype)
-    pairs = ((heads, head_dim // 2, page_size, 2), dtype), ((heads, page_size // 2, head_dim, 2), dtype)
-    scales = (heads, page_size), torch.float32
+        return ((head_dim, page_size), dtype), ((page_size, head_dim), dtype)
+    pairs = ((head_dim // 2, page_size, 2), dtype), ((page_size // 2, head_dim, 2), dtype)
+    scales = (page_size,), torch.float32
     return (*pairs, scales, scales) if dtype == torch.int8 else pairs
 
 
 def empty_pages(pages: int, heads: int, head_dim: int, page_size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Arrays for `key_value_pages`, pages first, as zeros."""
-    parts = page_parts(heads, head_dim, page_size, dtype)
-    return tuple(torch.zeros(pages, *shape, dtype=dtype) for shape, dtype in parts)
+    """Arrays for `key_value_pages`, as zeros."""
+    parts = page_parts(head_dim, page_size, dtype)
+    return tuple(torch.zeros(heads, pages, *shape, dtype=dtype) for shape, dtype in parts)
 
 
 def key_value_pages(
     keys: Tensor, values: Tensor, key_scales: Tensor | None = None, value_scales: Tensor | None = None
 ) -> KeyValuePages:
-    """One layer's cache, not copied: keys `[pages, G, K, page]` and values `[pages, G, page, K]`.
+    """One layer's cache, not copied: keys `[G, pages, K, page]` and values `[G, pages, page, K]`.
 
-    A page has 16, 32 or 64 tokens; fp32 or fp16. In bf16 and int8, keys are `[pages, G, K / 2, page, 2]` and values
-    `[pages, G, page / 2, K, 2]`; int8 ones have fp32 scales `[pages, G, page]`.
+    A page has 16, 32 or 64 tokens; fp32 or fp16. In bf16 and int8, keys are `[G, pages, K / 2, page, 2]` and values
+    `[G, pages, page / 2, K, 2]`; int8 ones have fp32 scales `[G, pages, page]`. What a head reads lies together, in
+    as long runs as the numbers of its pages follow each other.
     """
     scales = (x for x in (key_scales, value_scales) if x is not None)
     return _native().KeyValuePages(keys, values, *scales)

@@ -33,20 +33,20 @@ class RecurrentMemory:
 
 
 class Blocks:
-    """Numbered blocks of memory that have a part in each of some layers: pages, or slots.
+    """Numbered blocks of memory with a part for each of some owners: pages for layers' heads, slots for layers.
 
-    arrays: `[layers, blocks, ...]`, one for each shape and dtype that a layer's part consists of.
+    arrays: `[owners, blocks, ...]`, one for each shape and dtype that an owner's part consists of.
     """
 
-    def __init__(self, layers: int, parts: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> None:
-        self._layers, self._parts = layers, parts
-        self.block_bytes = layers * sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
-        self.arrays = [torch.empty(layers, 0, *shape, dtype=dtype) for shape, dtype in parts]
+    def __init__(self, owners: int, parts: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> None:
+        self._owners, self._parts = owners, parts
+        self.block_bytes = owners * sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
+        self.arrays = [torch.empty(owners, 0, *shape, dtype=dtype) for shape, dtype in parts]
         self.count = 0
 
     def grow(self, count: int) -> None:
         """Makes room for this many blocks; new ones are zero. Raises MemoryError."""
-        larger = [cpu.empty((self._layers, count, *shape), dtype) for shape, dtype in self._parts]
+        larger = [cpu.empty((self._owners, count, *shape), dtype) for shape, dtype in self._parts]
         for old, new in zip(self.arrays, larger, strict=True):
             new[:, : self.count] = old
             new[:, self.count :] = 0
@@ -93,9 +93,10 @@ class Pool:
     def __init__(self, config: Config, dtype: torch.dtype, drafts: bool) -> None:
         self._kinds = (*config.layer_kinds, *([FULL_ATTENTION] if drafts else []))
         attending, recurring = (self._kinds.count(kind) for kind in (FULL_ATTENTION, LINEAR_ATTENTION))
-        page = cpu.page_parts(config.num_key_value_heads, config.head_dim, PAGE, dtype)
+        self._heads = config.num_key_value_heads
+        page = cpu.page_parts(config.head_dim, PAGE, dtype)
         state = [(shape, torch.float32) for shape in config.state_shapes()] if recurring else []
-        self.pages, self.states = Blocks(attending, page), Blocks(recurring, state)
+        self.pages, self.states = Blocks(attending * self._heads, page), Blocks(recurring, state)
         self.layers: list[KeyValueMemory | RecurrentMemory] = []
 
     def grow(self, pages: int, slots: int) -> None:
@@ -104,7 +105,8 @@ class Pool:
             self.pages.grow(pages)
         if slots > self.states.count:
             self.states.grow(slots)
-        keys, states = zip(*self.pages.arrays, strict=True), zip(*self.states.arrays, strict=True)
+        keys = zip(*(array.split(self._heads) for array in self.pages.arrays), strict=True)
+        states = zip(*self.states.arrays, strict=True)
         self.layers = [
             KeyValueMemory(next(keys)) if kind == FULL_ATTENTION else RecurrentMemory(next(states))
             for kind in self._kinds
