@@ -93,17 +93,32 @@ void store_conv_state(const Head& h, int64_t slot, int64_t tokens) {
   });
 }
 
-void convolve(const Head& h, int64_t begin, int64_t count) {
-  const int64_t width = h.layer.conv_width, stride = channels(h.layer);
-  const float* weight = h.layer.conv_weight + h.head * width * stride;
-  const float* inputs[kBlockTokens + kMostConvWidth - 1];
-  for (int64_t i = 0; i < count + width - 1; ++i) inputs[i] = h.taps(begin + i - (width - 1));
-  for (int64_t t = 0; t < count; ++t) {
-    for (int64_t c = 0; c < stride; c += kLanes) {
-      F32 y = load(weight + c) * load(inputs[t] + c);
-      for (int64_t j = 1; j < width; ++j) y = fma(load(weight + j * stride + c), load(inputs[t + j] + c), y);
+// Channel by channel: its weights and the inputs that are read again stay in registers.
+template <int kWidth>
+void convolve_width(const Head& h, int64_t begin, int64_t count) {
+  const int64_t stride = channels(h.layer);
+  const float* weights = h.layer.conv_weight + h.head * kWidth * stride;
+  const float* inputs[kBlockTokens + kWidth - 1];
+  for (int64_t i = 0; i < count + kWidth - 1; ++i) inputs[i] = h.taps(begin + i - (kWidth - 1));
+  for (int64_t c = 0; c < stride; c += kLanes) {
+    F32 weight[kWidth], x[kWidth];
+    unrolled<kWidth>([&](auto j) TENFOLD_BODY { weight[j] = load(weights + j * stride + c); });
+    unrolled<kWidth - 1>([&](auto j) TENFOLD_BODY { x[j + 1] = load(inputs[j] + c); });
+    for (int64_t t = 0; t < count; ++t) {
+      unrolled<kWidth - 1>([&](auto j) TENFOLD_BODY { x[j] = x[j + 1]; });
+      x[kWidth - 1] = load(inputs[t + kWidth - 1] + c);
+      F32 y = weight[0] * x[0];
+      unrolled<kWidth - 1>([&](auto j) TENFOLD_BODY { y = fma(weight[j + 1], x[j + 1], y); });
       store(h.mixed(t) + c, silu(y));
     }
+  }
+}
+
+template <int kWidth = kMostConvWidth>
+void convolve(const Head& h, int64_t begin, int64_t count) {
+  if constexpr (kWidth > 0) {
+    if (h.layer.conv_width == kWidth) return convolve_width<kWidth>(h, begin, count);
+    convolve<kWidth - 1>(h, begin, count);
   }
 }
 
@@ -143,51 +158,51 @@ void gates(const Head& h, int64_t begin, int64_t count) {
   }
 }
 
-// S k and S q for kLanes rows of S: half of the rows at a time, so that all sums fit the registers.
-TENFOLD_INLINE void read_state(const float* state, int64_t dim, const float* k, const float* q, F32& by_key,
-                               F32& by_query) {
-  constexpr int kHalf = kLanes / 2;
-  F32 both[2];
-  for (int half = 0; half < 2; ++half) {
-    const float* rows = state + half * kHalf * dim;
-    F32 sums[kLanes] = {};
-    for (int64_t i = 0; i < dim; i += kLanes) {
-      const F32 ki = load(k + i), qi = load(q + i);
-      for (int row = 0; row < kHalf; ++row) {
-        const F32 s = load(rows + row * dim + i);
-        sums[row] = fma(s, ki, sums[row]);
-        sums[kHalf + row] = fma(s, qi, sums[kHalf + row]);
-      }
-    }
-    both[half] = sum_each(sums);
-  }
-  by_key = low_halves(both[0], both[1]);
-  by_query = high_halves(both[0], both[1]);
-}
+// One sweep over kLanes rows of S: S <- decay S + d k^T of one token if it `kWrites`, then S k and S q of the next if it
+// `kReads`. Half of the rows at a time, so that all sums fit the registers.
+struct Write {
+  F32 decay, d;
+  const float* k;
+};
+struct Read {
+  const float *q, *k;
+  F32 by_key, by_query;
 
-// S <- decay S + d k^T for kLanes rows of S.
-TENFOLD_INLINE void write_state(float* state, int64_t dim, F32 decay, const float* k, F32 d) {
+  TENFOLD_INLINE void of(const float* mixed, int64_t dim) { q = mixed, k = mixed + dim; }
+};
+
+template <bool kWrites, bool kReads>
+TENFOLD_INLINE void sweep(float* state, int64_t dim, const Write& write, Read& read) {
   constexpr int kHalf = kLanes / 2;
-  alignas(64) float written[kLanes];
-  store(written, d);
-  for (int half = 0; half < 2; ++half) {
+  alignas(64) float d[kLanes];
+  if constexpr (kWrites) store(d, write.d);
+  F32 both[2];
+  unrolled<2>([&](auto half) TENFOLD_BODY {
     float* rows = state + half * kHalf * dim;
-    F32 each[kHalf];
-    for (int row = 0; row < kHalf; ++row) each[row] = splat(written[half * kHalf + row]);
-    for (int64_t i = 0; i < dim; i += kLanes) {
-      const F32 ki = load(k + i);
-      for (int row = 0; row < kHalf; ++row) {
-        float* s = rows + row * dim + i;
-        store(s, fma(each[row], ki, decay * load(s)));
-      }
+    F32 sums[kLanes] = {}, each[kHalf];
+    if constexpr (kWrites) {
+      unrolled<kHalf>([&](auto row) TENFOLD_BODY { each[row] = splat(d[half * kHalf + row]); });
     }
-  }
+    for (int64_t i = 0; i < dim; i += kLanes) {
+      const F32 written = kWrites ? load(write.k + i) : splat(0);
+      const F32 k = kReads ? load(read.k + i) : splat(0), q = kReads ? load(read.q + i) : splat(0);
+      unrolled<kHalf>([&](auto row) TENFOLD_BODY {
+        F32 s = load(rows + row * dim + i);
+        if constexpr (kWrites) store(rows + row * dim + i, s = fma(each[row], written, write.decay * s));
+        if constexpr (kReads)
+          sums[row] = fma(s, k, sums[row]), sums[kHalf + row] = fma(s, q, sums[kHalf + row]);
+      });
+    }
+    if constexpr (kReads) both[half] = sum_each(sums);
+  });
+  if constexpr (kReads)
+    read.by_key = low_halves(both[0], both[1]), read.by_query = high_halves(both[0], both[1]);
 }
 
 // Decoding reads a state from memory: the rows after these, which may be the next value head's, are on their way while
 // these are computed.
-void fetch_state(const float* state, int64_t dim) {
-  for (int64_t i = 0; i < kLanes * dim; i += 16) __builtin_prefetch(state + i);
+void fetch_state(const float* state, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(state + i);
 }
 
 // kLanes rows of the state after a token, to the slot where it is saved.
@@ -198,25 +213,49 @@ void save_rows(const Head& h, int64_t token, int64_t shared, int64_t v) {
          static_cast<size_t>(kLanes * dim) * sizeof(float));
 }
 
-// One value head over a block: outputs take the place of the values.
-void recur(const Head& h, int64_t shared, int64_t begin, int64_t count) {
+// kTiles times kLanes rows of a value head's state, from row `v` on, over a block: outputs take the place of the values.
+// Two tiles in turns: while the sums of one are added up across lanes, the other is gone through.
+template <int kTiles>
+void recur_rows(const Head& h, int64_t shared, int64_t v, int64_t begin, int64_t count) {
   const int64_t dim = h.layer.key_dim, value_dim = h.layer.value_dim;
-  for (int64_t v = 0; v < value_dim; v += kLanes) {
-    float* state = h.state(h.slot, shared) + v * dim;
-    if (v + kLanes < value_dim || shared + 1 < h.layer.shared) fetch_state(state + kLanes * dim, dim);
-    for (int64_t t = 0; t < count; ++t) {
-      const float *q = h.mixed(t), *k = q + dim;
-      float* value = h.mixed(t) + 2 * dim + shared * value_dim + v;
-      const F32 decay = splat(h.work.decay[t * h.layer.shared + shared]);
-      const F32 beta = splat(h.work.beta[t * h.layer.shared + shared]);
-      F32 by_key, by_query;
-      read_state(state, dim, k, q, by_key, by_query);
-      const F32 d = beta * (load(value) - decay * by_key);
-      store(value, fma(splat(h.work.overlap[t]), d, decay * by_query));
-      write_state(state, dim, decay, k, d);
-      if (begin + t >= h.unsaved) save_rows(h, begin + t, shared, v);
+  float* state = h.state(h.slot, shared) + v * dim;
+  if (v + kTiles * kLanes < value_dim || shared + 1 < h.layer.shared) {
+    fetch_state(state + kTiles * kLanes * dim, kTiles * kLanes * dim);
+  }
+  Read reads[kTiles];
+  for (int i = 0; i < kTiles; ++i) {
+    reads[i].of(h.mixed(0), dim);
+    sweep<false, true>(state + i * kLanes * dim, dim, Write(), reads[i]);
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    const F32 decay = splat(h.work.decay[t * h.layer.shared + shared]);
+    const F32 beta = splat(h.work.beta[t * h.layer.shared + shared]);
+    for (int i = 0; i < kTiles; ++i) {
+      float* rows = state + i * kLanes * dim;
+      float* value = h.mixed(t) + 2 * dim + shared * value_dim + v + i * kLanes;
+      Read& read = reads[i];
+      const F32 d = beta * (load(value) - decay * read.by_key);
+      store(value, fma(splat(h.work.overlap[t]), d, decay * read.by_query));
+      const Write write = {decay, d, read.k};
+      if (t + 1 < count) {
+        read.of(h.mixed(t + 1), dim);
+        sweep<true, true>(rows, dim, write, read);
+      } else {
+        sweep<true, false>(rows, dim, write, read);
+      }
+      if (begin + t >= h.unsaved) save_rows(h, begin + t, shared, v + i * kLanes);
     }
   }
+}
+
+// One value head over a block.
+void recur(const Head& h, int64_t shared, int64_t begin, int64_t count) {
+  const int64_t rows = h.layer.value_dim;
+  int64_t v = 0;
+  if (count > 1) {
+    for (; v + 2 * kLanes <= rows; v += 2 * kLanes) recur_rows<2>(h, shared, v, begin, count);
+  }
+  for (; v < rows; v += kLanes) recur_rows<1>(h, shared, v, begin, count);
 }
 
 void gated_norm(const Head& h, int64_t begin, int64_t count) {
@@ -236,7 +275,7 @@ void gated_norm(const Head& h, int64_t begin, int64_t count) {
 }
 
 void advance(const Head& h) {
-  fetch_state(h.state(h.slot, 0), h.layer.key_dim);
+  fetch_state(h.state(h.slot, 0), kLanes * h.layer.key_dim);
   load_conv_state(h);
   for (int64_t begin = 0; begin < h.tokens; begin += kBlockTokens) {
     const int64_t left = h.tokens - begin, count = left < kBlockTokens ? left : kBlockTokens;
