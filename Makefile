@@ -72,6 +72,7 @@ check: $(READY)  ## formatting, lint, types, layering
 	@$(BIN)/ruff check --quiet --output-format concise
 	@$(BIN)/pyright --level error
 	@$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h tests/kernels/*.cpp
+	@$(CXX) -std=c++20 -fsyntax-only -Wall -Wextra -Werror -Icsrc tests/kernels/threads.cpp
 	@$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_layering.py
 
 format: $(READY)  ## format and sort imports

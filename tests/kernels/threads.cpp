@@ -220,7 +220,7 @@ class Cache {
         values_(keys_.size()),
         key_scales_(2 * kPages * kHeads * kPage),
         value_scales_(key_scales_.size()),
-        view{keys_.data(), values_.data(), key_scales_.data(), value_scales_.data(), type, kHeads,
+        view{keys_.data(), values_.data(), key_scales_.data(), value_scales_.data(), type, kHeads, 2 * kPages,
              kDim,         kPage} {}
 
   // Of queries of 4 heads for so many new tokens of either.
