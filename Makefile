@@ -41,11 +41,12 @@ soak: $(READY)  ## ten hard minutes for tenfold serve: hang-ups, garbage, kill -
 
 # An environment of its own, with all that .venv has but the module. The tests are those that reach compiled code; others
 # measure memory, or start programs that do not bear a sanitizer. Python is not compiled for them: they are loaded first.
+# A report goes past Python to stderr, which pytest would keep to itself and lose with the process: hence --capture=sys.
 sanitize: $(SANITIZED)/.ready  ## kernels under gcc's sanitizers: addresses, undefined behaviour, races between threads
 	@$(SANITIZED)/thread/threads
 	@$(ONE_THREAD) ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=16 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$(ldd $(SANITIZED)/lib/python3*/site-packages/tenfold/kernels/_native*.so | awk '/lib(asan|stdc\+\+)/ {print $$3}' | xargs)" \
-	    $(SANITIZED)/bin/python -m pytest -q -n 2 -p no:faulthandler $(or $(TESTS),$(COMPILED_CODE))
+	    $(SANITIZED)/bin/python -m pytest -q -n 2 -p no:faulthandler --capture=sys $(or $(TESTS),$(COMPILED_CODE))
 
 $(SANITIZED)/.ready: $(READY) tests/kernels/threads.cpp
 	@echo "Compiling the kernels with sanitizers; this takes ten minutes on two cores, once."
