@@ -54,7 +54,7 @@ $(SANITIZED)/.ready: $(READY) tests/kernels/threads.cpp
 	@for python in $(BIN)/python $(SANITIZED)/bin/python; do $$python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; done | \
 	    { read from; read to; echo "$$from" >"$$to/borrowed.pth"; }
 	@CXX=$(CXX) $(BIN)/python -m pip --python $(SANITIZED)/bin/python install -qq --disable-pip-version-check --no-deps -e . \
-	    -C build-dir=$(SANITIZED)/address -C cmake.define.TENFOLD_SANITIZE=address,undefined -C wheel.cmake=true
+	    -C build-dir=$(SANITIZED)/address -C cmake.define.TENFOLD_SANITIZE=address,undefined -C wheel.cmake=true -C install.strip=false
 	@CXX=$(CXX) $(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-deps -w $(SANITIZED) . \
 	    -C build-dir=$(SANITIZED)/thread -C cmake.define.TENFOLD_SANITIZE=thread -C wheel.cmake=true
 	@touch $@
