@@ -1,6 +1,9 @@
 #include "thread_pool.h"
 
 #include <pthread.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -18,6 +21,15 @@ inline void relax() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
+}
+
+// Cores that this process may use: where taskset or a container leave it some only, more threads would wait for each other.
+int cores() {
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
+#endif
+  return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
 }
 
 // Waits until `value` is no longer `old`.
@@ -114,7 +126,7 @@ Pool*& pool() {
   static Pool* instance = [] {
     pthread_atfork([] { pool()->callers.lock(); }, [] { pool()->callers.unlock(); },
                    [] { pool() = new Pool(pool()->threads()); });
-    return new Pool(static_cast<int>(std::max(1u, std::thread::hardware_concurrency())));
+    return new Pool(cores());
   }();
   return instance;
 }

@@ -86,6 +86,13 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
 
 
 @needs_module
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system binds no process to cores")
+def test_threads_are_as_many_as_the_cores_that_the_process_may_use() -> None:
+    code = "import os\nos.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+    assert run(code + "from tenfold.kernels import cpu; print(cpu.threads())").stdout.strip() == "1"
+
+
+@needs_module
 def test_interpreter_ends_while_threads_sleep_or_spin() -> None:
     assert run(MULTIPLY).returncode == 0
     assert run(MULTIPLY + "import time; time.sleep(0.1)").returncode == 0
