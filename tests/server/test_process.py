@@ -151,6 +151,17 @@ def test_what_fails_after_the_model_was_read_ends_the_engine(
     assert engine.drained
 
 
+def test_memory_that_is_not_there_beside_the_weights_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["init", "--shape", "tiny", "--out", str(tmp_path / "model")]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(launch, "available_memory", lambda: 400_000_000)
+    assert cli.main(["serve", str(tmp_path / "model"), "--port", "0"]) == cli.MISTAKE
+    error = capsys.readouterr().err.removeprefix(NO_KEYS)
+    assert error == "tenfold: error: --memory 1: 0.40 GB are available beside the weights\n"
+
+
 def test_every_knob_is_in_the_table() -> None:
     table = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
     names = {field.name for options in (Settings, EngineOptions) for field in fields(options)}

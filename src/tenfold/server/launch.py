@@ -15,6 +15,7 @@ from tenfold.engine.engine import Engine, EngineSettings
 from tenfold.engine.llm import require_tokenizer, start_native
 from tenfold.engine.loop import EngineLoop
 from tenfold.kernels import cpu
+from tenfold.memory import available_memory
 from tenfold.models.native import NativeModel
 from tenfold.server import keys
 from tenfold.server.settings import Settings
@@ -30,7 +31,7 @@ class EngineOptions:
 
     quantization: Quantization | None = None  # how the weights are packed: bf16, or as a packed folder has them
     kv_format: KvFormat = "bf16"  # of keys and values; in int8 twice as long a context fits
-    threads: int | None = None  # of the kernels; without it one per core
+    threads: int | None = None  # of the kernels; without it one per core that the process may use
     memory: float = 1.0  # GB for running requests and cached prefixes, beside the weights
     max_batch: int = 8  # requests that run at once
     max_queue: int = 256  # requests that wait beyond those; more are answered with 429
@@ -62,9 +63,10 @@ def launch(model: str, host: str, port: int, options: EngineOptions, settings: S
 def start_engine(model: str, options: EngineOptions) -> tuple[EngineLoop, Tokenizer, int]:
     """The engine in its thread, the tokenizer, and the tokens that a context can have.
 
-    Raises ValueError where the checkpoint has no tokenizer, and as `load_native`.
+    Raises ValueError where the checkpoint has no tokenizer or the memory is not there, and as `load_native`.
     """
     native, tokenizer = _load(model, options)
+    _require_room(options.memory)
     engine = Engine(
         native,
         EngineSettings(
@@ -85,6 +87,13 @@ def _load(model: str, options: EngineOptions) -> tuple[NativeModel, Tokenizer]:
         cpu.set_threads(options.threads)
     native, tokenizer = start_native(model, options.quantization, options.kv_format)
     return native, require_tokenizer(tokenizer, model)
+
+
+def _require_room(memory: float) -> None:
+    """Raises ValueError where the memory is not there: the engine fills it at once, and a container would be killed."""
+    free = available_memory()
+    if free is not None and memory * 1e9 > free:
+        raise ValueError(f"--memory {memory:g}: {free / 1e9:.2f} GB are available beside the weights")
 
 
 def _for_model(settings: Settings, model: str, context: int) -> Settings:
