@@ -219,9 +219,10 @@ def test_finished_owners_are_not_packed_again(
 
 
 STALLED = """
-import sys, time
+import signal, sys, time
 from tenfold import cli
 from tenfold.models import quantize
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell runs in the background
 pack_owner = quantize.pack_owner
 
 def stall(*args):
