@@ -253,8 +253,9 @@ class Engine:
         """The last hidden states, from which tokens are drawn: of the last token and its drafts."""
         if len(hidden):
             return hidden[-1 - len(generation.drafts) :]
-        assert generation.hidden is not None
-        return generation.hidden
+        last = generation.hidden.last
+        assert last is not None
+        return last
 
     def _logits(self, rows: Sequence[Tensor]) -> Sequence[Floats]:
         """fp32 `[1 + drafts, vocab]` for each."""
@@ -327,7 +328,7 @@ class Engine:
         """Snapshots where they are due, and the ends of those that are through."""
         there = [generation for generation in generations if generation.request.id in self._generations]
         due = [generation for generation in there if generation.finish or generation.is_due]
-        self._speculator.catch_up(due + [g for g in there if g not in due and g.undrafted_rows > MOST_UNDRAFTED])
+        self._speculator.catch_up(due + [g for g in there if g not in due and g.hidden.waiting > MOST_UNDRAFTED])
         for generation in due:
             if generation.finish:
                 self._remove(generation)
@@ -367,10 +368,10 @@ class Engine:
 
     def _remember(self, generation: Generation, final: bool) -> None:
         """A snapshot of where it is; in the end it gives up its memory for that."""
-        if generation.hidden is None:
+        if (last := generation.hidden.last) is None:
             return self._drop(generation)
         isolation, tokens = generation.request.isolation, generation.tokens[: generation.computed]
-        snapshot = self._cache.insert(isolation, tokens, generation.pages, generation.slot, generation.hidden[0], final)
+        snapshot = self._cache.insert(isolation, tokens, generation.pages, generation.slot, last[0], final)
         if snapshot and self._disk:
             self._disk.note(snapshot, isolation, tokens)
         if final:

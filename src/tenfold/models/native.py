@@ -53,16 +53,12 @@ class DecoderLayer:
 
     def __call__(self, residual: cpu.Residual, memory: KeyValueMemory | RecurrentMemory, batch: cpu.Batch) -> None:
         """Adds what it computes to the residual stream."""
-        self.mix(residual, memory, batch)
-        self.feed_forward(residual)
-
-    def mix(self, residual: cpu.Residual, memory: KeyValueMemory | RecurrentMemory, batch: cpu.Batch) -> None:
-        """The first half, with which the memory has the tokens."""
         cpu.mix(self._mixer, residual, memory.handle, batch)
-
-    def feed_forward(self, residual: cpu.Residual) -> None:
-        """The second half."""
         cpu.feed_forward(self._feed_forward, residual)
+
+    def remember(self, residual: cpu.Residual, memory: KeyValueMemory | RecurrentMemory, batch: cpu.Batch) -> None:
+        """Leaves what the call leaves in the memory of a layer that attends, and nothing else."""
+        cpu.remember(self._mixer, residual, memory.handle, batch)  # type: ignore[arg-type]
 
     def bytes_per_token(self) -> int:
         """Bytes of weights that one token reads: of the experts, the chosen and the shared ones."""
@@ -127,8 +123,8 @@ class MultiTokenPrediction:
         batch: cpu.Batch,
     ) -> Tensor:
         """For tokens, of which these are the embeddings, and hidden states `[T, D]`; `[T, D]`."""
-        residual = self.follow(embedding, tokens, hidden, memory, batch)
-        self._layer.feed_forward(residual)
+        residual = cpu.embed_drafts(self._input, embedding, tokens, hidden)
+        self._layer(residual, memory, batch)
         return cpu.normalized(residual, self._norm)
 
     def follow(
@@ -138,11 +134,9 @@ class MultiTokenPrediction:
         hidden: Tensor,
         memory: KeyValueMemory | RecurrentMemory,
         batch: cpu.Batch,
-    ) -> cpu.Residual:
-        """As far as its memory goes."""
-        residual = cpu.embed_drafts(self._input, embedding, tokens, hidden)
-        self._layer.mix(residual, memory, batch)
-        return residual
+    ) -> None:
+        """Leaves what the call leaves in the memory, and predicts nothing."""
+        self._layer.remember(cpu.embed_drafts(self._input, embedding, tokens, hidden), memory, batch)
 
 
 class Span(Protocol):
