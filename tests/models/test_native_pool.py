@@ -14,7 +14,7 @@ from torch import Tensor
 from tenfold.engine.model_runner import EngineModel, Span
 from tenfold.kernels import cpu
 from tenfold.models import Config
-from tenfold.models.native import NativeModel
+from tenfold.models.native import NativeModel, thrifty_tokens
 from tenfold.models.native_cache import KV_FORMATS, PAGE
 from tenfold.models.qwen3 import Qwen3Config
 from tenfold.models.qwen3_next import Qwen3Next, Qwen3NextConfig
@@ -194,6 +194,11 @@ def test_bytes_are_those_of_the_shapes() -> None:
     assert model.state_bytes == 2 * 4 * (2 * 32 * 16 + 3 * (2 * 16 + 2 * 32))
     assert quarter.page_bytes == 2 * 2 * PAGE * (16 + 4) and quarter.state_bytes == 0
     assert satisfies(model).can_draft and not satisfies(quarter).can_draft
+
+
+def test_steps_are_worth_reading_the_experts_for() -> None:
+    assert thrifty_tokens(Qwen3NextConfig()) == 16 * 512 // 10
+    assert thrifty_tokens(NEXT) == thrifty_tokens(DENSE) == 128
 
 
 def test_foreign_content_is_refused(shared_model: NativeModel) -> None:

@@ -83,9 +83,9 @@ class StepCost:
         return (1 - share) * self._sizes[low].value + share * self._sizes[high].value
 
     def tokens_within(self, seconds: float, most: int, least: int) -> int:
-        """How large a step may be, in powers of two between `least` and `most`."""
-        tokens = least
-        while tokens * 2 <= most and self.seconds(tokens * 2) <= seconds:
+        """How large a step may be, `least` doubled as often as it fits; beyond what was measured, by proportion."""
+        tokens, largest = least, max(self._sizes, default=most)
+        while tokens * 2 <= most and self.seconds(tokens * 2) * max(1.0, tokens * 2 / largest) <= seconds:
             tokens *= 2
         return min(tokens, most)
 

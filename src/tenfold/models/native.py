@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from tenfold.models.packing import Packed
 
 NUMERICS = 2  # goes up with whatever changes a bit of what is cached: kernels, their order of summation, layouts
+EXPERT_TOKENS = (
+    16  # for which an expert's weights are well worth reading; of 5 rather than 10 it takes half as long again
+)
+LEAST_STEP = 128  # tokens for which other weights are
 PREFILL_TOKENS = 512  # that pass the layers at once, so that a long prompt needs no more memory than a short one
 
 
@@ -102,6 +106,13 @@ def feed_forward(config: Config, packed: Packed) -> cpu.SparseBlock | cpu.DenseB
     router, shared_gate = (packed.matrices[f"mlp.{x}.weight"] for x in ("gate", "shared_expert_gate"))
     k, normalize = config.num_experts_per_tok, config.norm_topk_prob
     return cpu.sparse_block(norm, router, shared_gate, packed.experts, k, normalize)
+
+
+def thrifty_tokens(config: Config) -> int:
+    """Tokens that are worth reading the weights for: in a step of fewer they are read for too few at a time."""
+    if not isinstance(config, Qwen3NextConfig):
+        return LEAST_STEP
+    return max(LEAST_STEP, EXPERT_TOKENS * config.num_experts // config.num_experts_per_tok)
 
 
 class MultiTokenPrediction:
@@ -182,6 +193,7 @@ class NativeModel:
         if "mtp" in packed:
             self.mtp = MultiTokenPrediction(config, packed["mtp"], DecoderLayer(config, packed["mtp.layers.0"]))
         self.can_draft = self.mtp is not None
+        self.thrifty_tokens = thrifty_tokens(config)
         self._pool = Pool(config, KV_FORMATS[kv_format], self.can_draft)
         self.page_bytes, self.state_bytes = self._pool.pages.block_bytes, self._pool.states.block_bytes
 
