@@ -198,7 +198,7 @@ def test_bytes_are_those_of_the_shapes() -> None:
 
 def test_steps_are_worth_reading_the_experts_for() -> None:
     assert thrifty_tokens(Qwen3NextConfig()) == 16 * 512 // 10
-    assert thrifty_tokens(NEXT) == thrifty_tokens(DENSE) == 128
+    assert thrifty_tokens(NEXT) == thrifty_tokens(DENSE) == 160
 
 
 def test_foreign_content_is_refused(shared_model: NativeModel) -> None:

@@ -84,10 +84,13 @@ class StepCost:
 
     def tokens_within(self, seconds: float, most: int, least: int) -> int:
         """How large a step may be, `least` doubled as often as it fits; beyond what was measured, by proportion."""
-        tokens, largest = least, max(self._sizes, default=most)
-        while tokens * 2 <= most and self.seconds(tokens * 2) * max(1.0, tokens * 2 / largest) <= seconds:
-            tokens *= 2
-        return min(tokens, most)
+        tokens, largest = min(least, most), max(self._sizes, default=most)
+        while tokens < most:
+            more = min(2 * tokens, most)
+            if self.seconds(more) * max(1.0, more / largest) > seconds:
+                break
+            tokens = more
+        return tokens
 
 
 class Acceptance:

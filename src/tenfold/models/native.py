@@ -40,10 +40,8 @@ if TYPE_CHECKING:
     from tenfold.models.packing import Packed
 
 NUMERICS = 2  # goes up with whatever changes a bit of what is cached: kernels, their order of summation, layouts
-EXPERT_TOKENS = (
-    16  # for which an expert's weights are well worth reading; of 5 rather than 10 it takes half as long again
-)
-LEAST_STEP = 128  # tokens for which other weights are
+EXPERT_TOKENS = 16  # for which it is well worth reading an expert; of 5, each takes a third longer than of 10
+LEAST_STEP = 160  # tokens for which other weights are
 PREFILL_TOKENS = 512  # that pass the layers at once, so that a long prompt needs no more memory than a short one
 
 
