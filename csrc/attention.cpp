@@ -105,7 +105,8 @@ struct Plan {
 };
 
 // RMSNorm, then rotation of the pairs (i, i + rotated / 2).
-void normalize_and_rotate(const Attention& op, const float* x, const float* weight, int64_t token, float* y) {
+void normalize_and_rotate(const KeysAndValues& op, const float* x, const float* weight, int64_t token,
+                          float* y) {
   const int64_t dim = op.cache.dim, half = op.rotated / 2;
   F32 squares = splat(0);
   for (int64_t i = 0; i < dim; i += kLanes) squares = fma(load(x + i), load(x + i), squares);
@@ -121,7 +122,7 @@ void normalize_and_rotate(const Attention& op, const float* x, const float* weig
 
 // A token's key or value, rounded, as seen from its place in the page.
 template <class T>
-void append(const Attention& op, int64_t head, int64_t page_number, int64_t place, const float* key,
+void append(const KeysAndValues& op, int64_t head, int64_t page_number, int64_t place, const float* key,
             const float* value) {
   constexpr int64_t kDepth = Arithmetic<T>::kDepth;
   const int64_t dim = op.cache.dim, size = op.cache.page;
@@ -140,9 +141,20 @@ void append(const Attention& op, int64_t head, int64_t page_number, int64_t plac
   }
 }
 
-// Queries to scratch, [G, T, heads per key head, K], scaled; keys and values to the cache.
 template <class T>
-void prepare_token(const Attention& op, const Plan& plan, int64_t token, int64_t sequence, int64_t position) {
+void append_token(const KeysAndValues& op, int64_t token, int64_t sequence, int64_t position) {
+  const int64_t dim = op.cache.dim;
+  const int32_t page = op.sequences.pages[sequence][position / op.cache.page];
+  alignas(64) float key[kMostHeadDim];
+  for (int64_t g = 0; g < op.cache.kv_heads; ++g) {
+    normalize_and_rotate(op, row(op.k, token) + g * dim, op.k_norm, token, key);
+    append<T>(op, g, page, position % op.cache.page, key, row(op.v, token) + g * dim);
+  }
+}
+
+// To scratch, [G, T, heads per key head, K], scaled.
+template <class T>
+void prepare_queries(const Attention& op, const Plan& plan, int64_t token) {
   const int64_t dim = op.cache.dim, stride = op.gated ? 2 * dim : dim;
   const F32 root = splat(1.0f / __builtin_sqrtf(static_cast<float>(dim)));
   alignas(64) float x[kMostHeadDim];
@@ -152,11 +164,19 @@ void prepare_token(const Attention& op, const Plan& plan, int64_t token, int64_t
     for (int64_t i = 0; i < dim; i += kLanes) store(x + i, load(x + i) * root);
     plan.query_scales[at] = round_to(x, dim, reinterpret_cast<Factor<T>*>(plan.queries) + at * dim);
   }
-  const int32_t page = op.sequences.pages[sequence][position / op.cache.page];
-  for (int64_t g = 0; g < op.cache.kv_heads; ++g) {
-    normalize_and_rotate(op, row(op.k, token) + g * dim, op.k_norm, token, x);
-    append<T>(op, g, page, position % op.cache.page, x, row(op.v, token) + g * dim);
-  }
+}
+
+// f(token, sequence, position) for each token of a step; one thread has those that share a cache line.
+template <class F>
+void for_tokens(const KeysAndValues& op, const F& f) {
+  const Tiles spans(op.sequences, kAppendTokens);
+  parallel_for(
+      spans.count(),
+      [&](int64_t task, int) {
+        const Tile span = spans[task];
+        for (int64_t i = 0; i < span.count; ++i) f(span.first + i, span.sequence, span.position + i);
+      },
+      op.threads);
 }
 
 // One tile with one key head.
@@ -278,23 +298,33 @@ void walk_wave(const Attention& op, const Plan& plan, int64_t first, int64_t cou
 template <class T>
 void run(const Attention& op) {
   const Plan plan(op, op.scratch);
-  const Tiles spans(op.sequences, kAppendTokens);
-  parallel_for(
-      spans.count(),
-      [&](int64_t task, int) {
-        const Tile span = spans[task];
-        for (int64_t i = 0; i < span.count; ++i) {
-          prepare_token<T>(op, plan, span.first + i, span.sequence, span.position + i);
-        }
-      },
-      op.threads);
+  for_tokens(op, [&](int64_t token, int64_t sequence, int64_t position) {
+    prepare_queries<T>(op, plan, token);
+    append_token<T>(op, token, sequence, position);
+  });
   if (!plan.wave) return walk_whole<T>(op, plan);
   for (int64_t first = 0; first < plan.blocks; first += plan.wave) {
     walk_wave<T>(op, plan, first, least(plan.wave, plan.blocks - first));
   }
 }
 
+template <class T>
+void append_tokens(const KeysAndValues& op) {
+  for_tokens(op, [&](int64_t token, int64_t sequence, int64_t position) {
+    append_token<T>(op, token, sequence, position);
+  });
+}
+
 }  // namespace
+
+void remember(const KeysAndValues& op) noexcept {
+  switch (op.cache.type) {
+    case CacheType::f32: return append_tokens<float>(op);
+    case CacheType::bf16: return append_tokens<bf16>(op);
+    case CacheType::f16: return append_tokens<half>(op);
+    case CacheType::int8: return append_tokens<int8_t>(op);
+  }
+}
 
 size_t attention_scratch(const Attention& op) noexcept { return Plan(op, nullptr).memory.used(); }
 

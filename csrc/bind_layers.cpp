@@ -89,6 +89,12 @@ void run_block(const Block& block, Residual& residual, const Memory&... memory) 
   block.run(residual, memory...);
 }
 
+void remember(const AttentionBlock& block, Residual& residual, const KeyValuePages& cache,
+              const Batch& batch) {
+  const nb::gil_scoped_release release;
+  block.remember(residual, cache, batch);
+}
+
 Residual run_draft_input(const DraftInput& block, const std::vector<const PackedLinear*>& embedding,
                          const std::vector<int64_t>& tokens, const Input& hidden) {
   const Rows rows = matrix(hidden, "hidden");
@@ -124,7 +130,8 @@ void bind_blocks(nb::module_& m) {
            nb::keep_alive<1, 7>(), nb::keep_alive<1, 8>(), nb::arg("norm"), nb::arg("q"), nb::arg("k"),
            nb::arg("v"), nb::arg("q_norm"), nb::arg("k_norm"), nb::arg("output"), nb::arg("gated"))
       .def("__call__", &run_block<AttentionBlock, KeyValuePages, Batch>, nb::arg("residual"),
-           nb::arg("cache"), nb::arg("batch"));
+           nb::arg("cache"), nb::arg("batch"))
+      .def("remember", &remember, nb::arg("residual"), nb::arg("cache"), nb::arg("batch"));
   nb::class_<DeltaNetBlock>(m, "DeltaNetBlock")
       .def(nb::init<Norm, Linear, Linear, const DeltaNetWeights&, Linear>(), nb::keep_alive<1, 2>(),
            nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(),

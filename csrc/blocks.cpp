@@ -134,6 +134,13 @@ void AttentionBlock::run(Residual& residual, const KeyValuePages& cache, const B
   multiply<1>(y, {output_}, {residual.added()});
 }
 
+void AttentionBlock::remember(Residual& residual, const KeyValuePages& cache, const Batch& batch) const {
+  const auto [x, k, v] = matrices<3>(residual.x().rows, {norm_.dim(), inputs_[1].rows, inputs_[2].rows});
+  residual.normalize(norm_, x);
+  multiply<2>(x, {inputs_[1], inputs_[2]}, {k, v});
+  tenfold::run(keys_and_values(k, v, k_norm_, cache, batch));
+}
+
 DeltaNetBlock::DeltaNetBlock(const NormWeight& norm, const PackedLinear& qkvz, const PackedLinear& ba,
                              const DeltaNetWeights& weights, const PackedLinear& output)
     : norm_(norm), weights_(weights), inputs_{qkvz.view(), ba.view()}, output_(output.view()) {

@@ -53,6 +53,8 @@ class AttentionBlock {
                  const NormWeight& q_norm, const NormWeight& k_norm, const PackedLinear& output, bool gated);
 
   void run(Residual& residual, const KeyValuePages& cache, const Batch& batch) const;
+  // Of that, what it leaves in the cache; nothing is added to the residual stream.
+  void remember(Residual& residual, const KeyValuePages& cache, const Batch& batch) const;
 
  private:
   const NormWeight &norm_, &q_norm_, &k_norm_;

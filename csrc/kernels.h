@@ -119,20 +119,27 @@ struct PagedCache {
   int64_t kv_heads, pages, dim, page;
 };
 
-// Attention between its two projections: norm and rotation of queries and keys, their place in the cache,
-// causal attention over it, output gate. A head has [q K, gate K] in a row of q if gated, else [q K]; cos and
+// What attention leaves behind: norm and rotation of keys, and their place and that of values in the cache. cos and
 // sin are [T, rotated / 2].
-struct Attention {
-  Rows q, k, v, out;
+struct KeysAndValues {
+  Rows k, v;
   Sequences sequences;
   PagedCache cache;
-  int64_t heads;
-  bool gated;
-  const float *q_norm, *k_norm;
+  const float* k_norm;
   float eps;
   const float *cos, *sin;
   int64_t rotated;
-  int threads;  // that scratch has room for
+  int threads;
+};
+
+// Attention between its two projections: keys and values as above, norm and rotation of queries, causal attention
+// over the cache, output gate. A head has [q K, gate K] in a row of q if gated, else [q K]; scratch has room for
+// `threads`.
+struct Attention : KeysAndValues {
+  Rows q, out;
+  int64_t heads;
+  bool gated;
+  const float* q_norm;
   void* scratch;
 };
 
@@ -171,6 +178,7 @@ enum class Multiplier : uint8_t { f32, bf16, int16, int8, int4 };
   X(void, expert_layer, (const ExpertLayer&))            \
   X(size_t, delta_net_scratch, (const DeltaNet&))        \
   X(void, delta_net, (const DeltaNet&))                  \
+  X(void, remember, (const KeysAndValues&))              \
   X(size_t, attention_scratch, (const Attention&))       \
   X(void, attention, (const Attention&))                 \
   X(void, rms_norm, (const RmsNorm&))                    \

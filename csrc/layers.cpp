@@ -315,30 +315,39 @@ DeltaNet delta_net(const Rows& qkvz, const Rows& ba, const DeltaNetWeights& weig
   return layer;
 }
 
+KeysAndValues keys_and_values(const Rows& k, const Rows& v, const NormWeight& k_norm,
+                              const KeyValuePages& pages, const Batch& batch) {
+  KeysAndValues op = {};
+  op.cache = pages.view();
+  const int64_t dim = op.cache.dim, keys = op.cache.kv_heads * dim;
+  require_shape(k, batch.tokens(), keys, "k");
+  require_shape(v, batch.tokens(), keys, "v");
+  require(k_norm.dim() == dim, "the norms must have the cache's head dim");
+  require(batch.rotated() <= dim, "cos and sin turn more than the head dim");
+  batch.require_pages(op.cache.page, pages.pages());
+  op.k = k, op.v = v;
+  op.sequences = batch.view();
+  op.k_norm = k_norm.scale(), op.eps = k_norm.eps();
+  op.cos = batch.cos(), op.sin = batch.sin(), op.rotated = batch.rotated();
+  return op;
+}
+
 Attention attention(const Rows& q, const Rows& k, const Rows& v, const NormWeight& q_norm,
                     const NormWeight& k_norm, bool gated, const KeyValuePages& pages, const Batch& batch,
                     const Rows& out) {
-  Attention op = {};
-  op.cache = pages.view();
+  Attention op = {keys_and_values(k, v, k_norm, pages, batch)};
   op.gated = gated;
-  const int64_t tokens = batch.tokens(), dim = op.cache.dim, keys = op.cache.kv_heads * dim;
+  const int64_t tokens = batch.tokens(), dim = op.cache.dim;
   const int64_t head = gated ? 2 * dim : dim;
   require(
       q.cols > 0 && q.cols % (head * op.cache.kv_heads) == 0,
       "q must have, for each key head, the same number of heads of the cache's head dim (twice, if gated)");
   op.heads = q.cols / head;
   require_shape(q, tokens, q.cols, "q");
-  require_shape(k, tokens, keys, "k");
-  require_shape(v, tokens, keys, "v");
   require_shape(out, tokens, op.heads * dim, "out");
-  require(q_norm.dim() == dim && k_norm.dim() == dim, "the norms must have the cache's head dim");
-  require(q_norm.eps() == k_norm.eps(), "the norms must have the same eps");
-  require(batch.rotated() <= dim, "cos and sin turn more than the head dim");
-  batch.require_pages(op.cache.page, pages.pages());
-  op.q = q, op.k = k, op.v = v, op.out = out;
-  op.sequences = batch.view();
-  op.q_norm = q_norm.scale(), op.k_norm = k_norm.scale(), op.eps = q_norm.eps();
-  op.cos = batch.cos(), op.sin = batch.sin(), op.rotated = batch.rotated();
+  require(q_norm.dim() == dim, "the norms must have the cache's head dim");
+  require(q_norm.eps() == op.eps, "the norms must have the same eps");
+  op.q = q, op.out = out, op.q_norm = q_norm.scale();
   return op;
 }
 

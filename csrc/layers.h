@@ -124,6 +124,10 @@ class KeyValuePages {
   PagedCache view_;
 };
 
+// Keys and values with their pages; refuses those that do not fit.
+KeysAndValues keys_and_values(const Rows& k, const Rows& v, const NormWeight& k_norm,
+                              const KeyValuePages& pages, const Batch& batch);
+
 // An attention with its activations and pages; refuses those that do not fit.
 Attention attention(const Rows& q, const Rows& k, const Rows& v, const NormWeight& q_norm,
                     const NormWeight& k_norm, bool gated, const KeyValuePages& pages, const Batch& batch,

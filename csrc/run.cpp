@@ -114,6 +114,11 @@ void run(DeltaNet op) {
   timed([&] { kernels().delta_net(op); }, [&] { return work_of(op); });
 }
 
+void run(KeysAndValues op) {
+  op.threads = threads();
+  timed([&] { kernels().remember(op); }, [] { return Work{"keys and values"}; });
+}
+
 void run(Attention op) {
   op.threads = threads();
   op.scratch = scratch(kernels().attention_scratch(op));

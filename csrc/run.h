@@ -11,6 +11,7 @@ namespace tenfold {
 void run(Product op);
 void run(ExpertLayer op);
 void run(DeltaNet op);
+void run(KeysAndValues op);
 void run(Attention op);
 void run(const RmsNorm& op);
 void run(const Router& op);

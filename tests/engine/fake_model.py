@@ -68,6 +68,7 @@ class FakeModel:
             eos_token_id=eos,
         )
         self.page_tokens, self.can_draft, self.quality = page_tokens, can_draft, quality
+        self.thrifty_tokens = 16
         self.page_bytes, self.state_bytes = 24 * page_tokens, state_bytes
         self.fingerprint = fingerprint
         self.steps: list[list[Span]] = []

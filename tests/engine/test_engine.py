@@ -159,6 +159,18 @@ def test_a_long_prompt_never_stops_the_others() -> None:
         assert [update.request_id for update in engine.step()] == [talking.id]
 
 
+@pytest.mark.parametrize(("alone_seconds", "expected"), [(0.1, 16), (1 + 0.1 * 32, 32), (100, 64)])
+def test_prompts_alone_are_read_in_steps_that_a_newcomer_can_wait_for(alone_seconds: float, expected: int) -> None:
+    """But not in so small ones that they take longer in all: 16 tokens, says this model."""
+    model = fake()
+    knobs = EngineSettings(step_tokens=64, alone_seconds=alone_seconds)
+    engine = Engine(model, knobs, budget=Budget(pages=200, slots=40))
+    engine._costs.observe(64, 1.0)
+    engine.add(request([5] * 150, max_tokens=1))
+    engine.step()
+    assert [len(span.tokens) for span in model.steps[0]] == [expected]
+
+
 def test_a_short_prompt_passes_a_long_one_which_goes_on() -> None:
     model = fake()
     engine = start(model)

@@ -49,6 +49,13 @@ def test_the_size_of_a_step_within_a_time() -> None:
     assert found.tokens_within(9.0, most=256, least=32) == 256
     assert found.tokens_within(0.0, most=256, least=32) == 32
     assert found.tokens_within(9.0, most=20, least=20) == 20
+    assert [found.tokens_within(seconds, most=256, least=160) for seconds in (0.7, 0.9)] == [160, 256]
+
+
+def test_a_step_larger_than_all_before_takes_longer_by_proportion() -> None:
+    found = costs({1: 0.01, 32: 0.1}, draft=0.0)
+    assert [found.tokens_within(seconds, most=256, least=32) for seconds in (0.1, 0.3, 0.5)] == [32, 64, 128]
+    assert StepCost().tokens_within(0.1, most=256, least=32) == 256
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,23 @@ def test_attention_block(isa: str, gated: bool) -> None:
     assert all(torch.equal(*pair) for pair in zip(*pages, strict=True))
 
 
+@pytest.mark.parametrize("format", cpu.FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
+def test_what_is_remembered_is_what_attention_leaves(isa: str, dtype: torch.dtype, format: str) -> None:
+    """Of two sequences, one of which goes on."""
+    q, k, v = (packed(rows, format=format) for rows in (2 * 4 * 16, 2 * 16, 2 * 16))
+    block = cpu.attention_block(norm(), q, k, v, norm(16), norm(16), packed(HIDDEN, 4 * 16), gated=True)
+    angles = torch.arange(TOKENS)[:, None] * torch.tensor([1.0, 0.1])
+    rotation = cpu.rotation(angles.cos(), angles.sin())
+    batch = cpu.batch([0, 30, TOKENS], past=[0, 18], pages=[[4, 0], [3, 2]], rotation=rotation)
+    attended, remembered = (cpu.empty_pages(5, 2, 16, 16, dtype) for _ in range(2))
+    cpu.mix(block, cpu.residual(stream()), cpu.key_value_pages(*attended), batch)
+    x = stream()
+    cpu.remember(block, cpu.residual(x), cpu.key_value_pages(*remembered), batch)
+    assert all(torch.equal(*pair) for pair in zip(attended, remembered, strict=True))
+    assert any(part[:, 2].any() for part in remembered) and torch.equal(x, stream())
+
+
 def test_delta_net_block(isa: str) -> None:
     key_heads, heads, dim = 2, 4, 16
     channels = (2 * key_heads + heads) * dim
@@ -120,6 +137,19 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         cpu.feed_forward(block, cpu.residual(torch.zeros(3, 32)))
     with pytest.raises(ValueError, match="x must be float32"):
         cpu.residual(torch.zeros(3, 64, dtype=torch.bfloat16))
+
+
+def test_pages_that_do_not_fit_are_not_written() -> None:
+    q, k, v = packed(4 * 16), packed(2 * 16), packed(2 * 16)
+    block = cpu.attention_block(norm(), q, k, v, norm(16), norm(16), packed(HIDDEN, 4 * 16), gated=False)
+    rotation = cpu.rotation(torch.ones(TOKENS, 2), torch.zeros(TOKENS, 2))
+    pages = cpu.key_value_pages(*cpu.empty_pages(3, 2, 16, 16, torch.float32))
+    with pytest.raises(ValueError, match="needs 3 pages, got 2"):
+        batch = cpu.batch([0, TOKENS], past=[0], pages=[[0, 1]], rotation=rotation)
+        cpu.remember(block, cpu.residual(stream()), pages, batch)
+    with pytest.raises(ValueError, match=r"k must be float32 \[5, 32\], got shape \[37, 32\]"):
+        batch = cpu.batch([0, 5], past=[0], pages=[[0, 1, 2]], rotation=rotation)
+        cpu.remember(block, cpu.residual(stream()), pages, batch)
 
 
 def test_a_profile_counts_the_work() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tenfold.engine.model_runner import EngineModel, Span
 from tenfold.kernels import cpu
 from tenfold.models import Config
-from tenfold.models.native import NativeModel
+from tenfold.models.native import NativeModel, thrifty_tokens
 from tenfold.models.native_cache import KV_FORMATS, PAGE
 from tenfold.models.qwen3 import Qwen3Config
 from tenfold.models.qwen3_next import Qwen3Next, Qwen3NextConfig
@@ -196,6 +196,11 @@ def test_bytes_are_those_of_the_shapes() -> None:
     assert satisfies(model).can_draft and not satisfies(quarter).can_draft
 
 
+def test_steps_are_worth_reading_the_experts_for() -> None:
+    assert thrifty_tokens(Qwen3NextConfig()) == 16 * 512 // 10
+    assert thrifty_tokens(NEXT) == thrifty_tokens(DENSE) == 160
+
+
 def test_foreign_content_is_refused(shared_model: NativeModel) -> None:
     with pytest.raises(ValueError, match=r"expected uint8 \[\d+\], got torch.uint8 \[3\]"):
         shared_model.write_page(0, torch.zeros(3, dtype=torch.uint8))
@@ -313,14 +318,24 @@ def test_drafts_have_the_same_bits_in_any_cuts_and_company(shared_model: NativeM
     assert torch.equal(torch.cat(cut), whole)
 
 
-def test_what_only_follows_leaves_the_keys_and_values_of_drafts(shared_model: NativeModel) -> None:
-    model, tokens = shared_model, random_tokens(33)
-    hidden = alone(model, tokens)
-    model.follow([Span(tokens=tokens[1:], slot=0, past=0, pages=[3, 4])], hidden[:-1])
-    model.draft([Span(tokens=tokens[1:], slot=0, past=0, pages=[5, 6])], hidden[:-1])
-    last = [Span(tokens=[7], slot=0, past=32, pages=pages) for pages in ([3, 4], [5, 6])]
-    after_following, after_drafting = (model.draft([span], hidden[-1:]) for span in last)
-    assert torch.equal(after_following, after_drafting)
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
+def test_what_only_follows_leaves_the_keys_and_values_of_drafts(kv_format: str) -> None:
+    """In pieces, with company, and behind drafts that were not right: every bit of the pages."""
+    model, tokens = new_model(kv_format=kv_format), random_tokens(41)
+    hidden = alone(model, tokens)[:-1]
+    model.draft([Span(tokens=tokens[1:], slot=0, past=0, pages=[3, 4])], hidden)
+    model.draft([Span(tokens=tokens[1:4], slot=0, past=0, pages=[5, 6])], hidden[:3])
+    model.draft([Span(tokens=[7, 8], slot=0, past=3, pages=[5, 6])], hidden[:2])
+    past = 3
+    for size in (1, 30, 6):
+        spans = [
+            Span(tokens=[7, 8], slot=1, past=0, pages=[9]),
+            Span(tokens=tokens[1 + past : 1 + past + size], slot=0, past=past, pages=[5, 6]),
+        ]
+        model.follow(spans, torch.cat((hidden[:2], hidden[past : past + size])))
+        past += size
+    for drafted, followed in ((3, 5), (4, 6)):
+        assert torch.equal(model.read_page(drafted), model.read_page(followed))
 
 
 def test_drafting_leaves_the_body_alone(shared_model: NativeModel) -> None:

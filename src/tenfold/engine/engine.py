@@ -40,6 +40,7 @@ class EngineSettings:
     max_waiting: int = 256  # requests that wait beyond those; 0 refuses what cannot run at once
     step_tokens: int = 256  # of a step, at most
     step_seconds: float = 0.25  # that a step should take at most while others wait for their next token
+    alone_seconds: float = 0.15  # while prompts alone are read: for so long someone who comes may have to wait
     max_drafts: int = 4  # tokens drafted for a request in a step; 0 turns speculation off
     disk: Path | None = None  # folder of cached prefixes that outlive the process
     disk_bytes: int = 16 << 30
@@ -233,11 +234,11 @@ class Engine:
         self._close_step([part.generation for part in work])
 
     def _step_tokens(self) -> int:
-        """Large steps are quicker in all; small ones keep those that decode from waiting long."""
-        settings = self.settings
+        """Large steps are quicker in all; small ones keep those that decode, and those that come, from waiting long."""
+        settings, most = self.settings, self.settings.step_tokens
         if any(generation.decodes for generation in self._scheduler.running):
-            return self._costs.tokens_within(settings.step_seconds, settings.step_tokens, min(32, settings.step_tokens))
-        return settings.step_tokens
+            return self._costs.tokens_within(settings.step_seconds, most, min(32, most))
+        return self._costs.tokens_within(settings.alone_seconds, most, min(self.model.thrifty_tokens, most))
 
     def _forward(self, work: Sequence[Work]) -> list[Tensor]:
         """Hidden states `[T, D]` of each part's tokens and drafts; none where it has no tokens."""
@@ -253,8 +254,9 @@ class Engine:
         """The last hidden states, from which tokens are drawn: of the last token and its drafts."""
         if len(hidden):
             return hidden[-1 - len(generation.drafts) :]
-        assert generation.hidden is not None
-        return generation.hidden
+        last = generation.hidden.last
+        assert last is not None
+        return last
 
     def _logits(self, rows: Sequence[Tensor]) -> Sequence[Floats]:
         """fp32 `[1 + drafts, vocab]` for each."""
@@ -327,7 +329,7 @@ class Engine:
         """Snapshots where they are due, and the ends of those that are through."""
         there = [generation for generation in generations if generation.request.id in self._generations]
         due = [generation for generation in there if generation.finish or generation.is_due]
-        self._speculator.catch_up(due + [g for g in there if g not in due and g.undrafted_rows > MOST_UNDRAFTED])
+        self._speculator.catch_up(due + [g for g in there if g not in due and g.hidden.waiting > MOST_UNDRAFTED])
         for generation in due:
             if generation.finish:
                 self._remove(generation)
@@ -367,10 +369,10 @@ class Engine:
 
     def _remember(self, generation: Generation, final: bool) -> None:
         """A snapshot of where it is; in the end it gives up its memory for that."""
-        if generation.hidden is None:
+        if (last := generation.hidden.last) is None:
             return self._drop(generation)
         isolation, tokens = generation.request.isolation, generation.tokens[: generation.computed]
-        snapshot = self._cache.insert(isolation, tokens, generation.pages, generation.slot, generation.hidden[0], final)
+        snapshot = self._cache.insert(isolation, tokens, generation.pages, generation.slot, last[0], final)
         if snapshot and self._disk:
             self._disk.note(snapshot, isolation, tokens)
         if final:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from tenfold.engine.cache_manager import Claim
 from tenfold.engine.disk_cache import Stored
+from tenfold.engine.hidden_states import HiddenStates
 from tenfold.engine.request import FinishReason, Request, TokenLogprob, Usage
 from tenfold.engine.sampler import Floats, Sampler, probability
 from tenfold.engine.step_cost import DraftLength
@@ -44,9 +44,7 @@ class Generation:
     pages: list[int] = field(default_factory=list)
     slot: int = -1
     computed: int = 0
-    hidden: Tensor | None = None  # `[1, D]`, of the last computed token
-    undrafted: list[Tensor] = field(default_factory=list)  # `[T, D]`, of the last ones, that the draft module lacks
-    undrafted_rows: int = 0  # in all
+    hidden: HiddenStates = field(default_factory=HiddenStates)  # of the last computed tokens
     drafts: list[int] = field(default_factory=list)  # guesses that this step checks
     probabilities: list[float] = field(default_factory=list)  # that the draft module gave them
     guessed: int = 0  # of them, that the constraint was told
@@ -84,8 +82,8 @@ class Generation:
 
     @property
     def drafted_length(self) -> int:
-        """Entries that the draft module has of it: with all of `undrafted` fed, one for each computed token."""
-        return self.computed - self.undrafted_rows
+        """Entries that the draft module has of it: with all fed that wait, one for each computed token."""
+        return self.computed - self.hidden.waiting
 
     @property
     def is_due(self) -> bool:
@@ -111,16 +109,15 @@ class Generation:
         """Goes on from what the cache has."""
         self.stored = None
         self.pages, self.slot, self.computed = claim.pages, claim.slot, claim.length
-        self.hidden = None if claim.hidden is None else claim.hidden[None]
-        self.undrafted = [self.hidden] if self.hidden is not None and self.drafts_follow else []
-        self.undrafted_rows = len(self.undrafted)
+        if claim.hidden is not None:
+            self.hidden.add(claim.hidden[None], wait=self.drafts_follow)
         self.points = points
         self.prompt_logprobs = []
 
     def stop_holding(self) -> None:
         """Its pages and slot are someone else's now."""
         self.pages, self.slot, self.computed = [], -1, 0
-        self.hidden, self.undrafted, self.undrafted_rows = None, [], 0
+        self.hidden.clear()
         self.points, self.drafts, self.probabilities, self.saves = [], [], [], []
 
     def advance(self, hidden: Tensor) -> None:
@@ -128,11 +125,8 @@ class Generation:
         if len(hidden):
             self.first_computed = self.cached
             self.computed += len(hidden)
-            self.hidden = hidden[-1:].clone()  # a view would keep the whole step's
+            self.hidden.add(hidden, wait=self.drafts_follow)
             self.points = [point for point in self.points if point >= self.computed]
-            if self.drafts_follow:
-                self.undrafted.append(hidden.clone() if len(hidden) > 1 else self.hidden)
-                self.undrafted_rows += len(hidden)
 
     def add_point(self, point: int, near: int) -> None:
         """Another request will go on from here, if there is no snapshot shortly before."""
@@ -200,10 +194,3 @@ class Generation:
         """Once, when the prompt is through."""
         wanted, self.logprobs_wanted = self.logprobs_wanted, False
         return self.prompt_logprobs if wanted else None
-
-    def take_undrafted(self, keep: int) -> Tensor:
-        """Rows for the draft module, `[T, D]`, which has them from now on: all but the last `keep`."""
-        rows = torch.cat(self.undrafted) if len(self.undrafted) > 1 else self.undrafted[0]
-        count = len(rows) - keep
-        self.undrafted, self.undrafted_rows = [rows[count:].clone()] if keep else [], keep
-        return rows[:count]

@@ -32,6 +32,7 @@ class EngineModel(Protocol):
 
     config: Config
     page_tokens: int  # tokens of a page of keys and values
+    thrifty_tokens: int  # of a step that makes good use of the weights it reads; smaller ones are slower in all
     page_bytes: int  # of all layers together
     state_bytes: int  # of a slot, all layers together
     can_draft: bool  # has a module for multi-token prediction

@@ -35,7 +35,7 @@ class Speculator:
         Returns the seconds that this took.
         """
         alone = [part.generation for part in work if part.count == part.generation.remaining == 1]
-        deciding = [g for g in alone if g.undrafted and g.room > 1 and not g.draft_length.rest()]
+        deciding = [g for g in alone if g.hidden.waiting and g.room > 1 and not g.draft_length.rest()]
         if not deciding:
             return 0.0
         started = time.perf_counter()
@@ -46,7 +46,7 @@ class Speculator:
             if drafts := generation.draft_length.choose(tokens, answers, most):
                 self._make_room(generation, drafts)
         drafting = [generation for generation in deciding if generation.saves]
-        waited = self.catch_up([g for g in drafting if g.undrafted_rows > self._most + 1])
+        waited = self.catch_up([g for g in drafting if g.hidden.waiting > self._most + 1])
         calls = self._chain(drafting)
         seconds = time.perf_counter() - started
         if calls:
@@ -99,7 +99,7 @@ class Speculator:
 
         Returns the seconds that this took.
         """
-        behind = [generation for generation in generations if generation.undrafted_rows > 1]
+        behind = [generation for generation in generations if generation.hidden.waiting > 1]
         if not behind:
             return 0.0
         started = time.perf_counter()
@@ -117,7 +117,7 @@ def _waiting(generations: Sequence[Generation], keep: int) -> tuple[list[Span], 
     """What the module takes: all waiting rows but the last `keep` of each, which no longer wait."""
     spans, rows = [], []
     for generation in generations:
-        past, waiting = generation.drafted_length, generation.take_undrafted(keep)
+        past, waiting = generation.drafted_length, generation.hidden.take(keep)
         tokens = generation.tokens[past + 1 : past + 1 + len(waiting)]
         spans.append(Span(tokens=tokens, slot=generation.slot, past=past, pages=generation.pages))
         rows.append(waiting)

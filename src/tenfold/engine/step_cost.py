@@ -83,11 +83,14 @@ class StepCost:
         return (1 - share) * self._sizes[low].value + share * self._sizes[high].value
 
     def tokens_within(self, seconds: float, most: int, least: int) -> int:
-        """How large a step may be, in powers of two between `least` and `most`."""
-        tokens = least
-        while tokens * 2 <= most and self.seconds(tokens * 2) <= seconds:
-            tokens *= 2
-        return min(tokens, most)
+        """How large a step may be, `least` doubled as often as it fits; beyond what was measured, by proportion."""
+        tokens, largest = min(least, most), max(self._sizes, default=most)
+        while tokens < most:
+            more = min(2 * tokens, most)
+            if self.seconds(more) * max(1.0, more / largest) > seconds:
+                break
+            tokens = more
+        return tokens
 
 
 class Acceptance:

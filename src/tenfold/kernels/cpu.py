@@ -453,6 +453,11 @@ def mix(
     block(residual, memory, batch)  # type: ignore[arg-type]
 
 
+def remember(block: AttentionBlock, residual: Residual, memory: KeyValuePages, batch: Batch) -> None:
+    """As `mix`, where nobody reads the result: the pages get their keys and values, the same bits, and that is all."""
+    block.remember(residual, memory, batch)
+
+
 def feed_forward(block: SparseBlock | DenseBlock, residual: Residual) -> None:
     """Adds a feed-forward's part to the residual stream."""
     block(residual)

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from tenfold.models.packing import Packed
 
 NUMERICS = 2  # goes up with whatever changes a bit of what is cached: kernels, their order of summation, layouts
+EXPERT_TOKENS = 16  # for which it is well worth reading an expert; of 5, each takes a third longer than of 10
+LEAST_STEP = 160  # tokens for which other weights are
 PREFILL_TOKENS = 512  # that pass the layers at once, so that a long prompt needs no more memory than a short one
 
 
@@ -53,16 +55,12 @@ class DecoderLayer:
 
     def __call__(self, residual: cpu.Residual, memory: KeyValueMemory | RecurrentMemory, batch: cpu.Batch) -> None:
         """Adds what it computes to the residual stream."""
-        self.mix(residual, memory, batch)
-        self.feed_forward(residual)
-
-    def mix(self, residual: cpu.Residual, memory: KeyValueMemory | RecurrentMemory, batch: cpu.Batch) -> None:
-        """The first half, with which the memory has the tokens."""
         cpu.mix(self._mixer, residual, memory.handle, batch)
-
-    def feed_forward(self, residual: cpu.Residual) -> None:
-        """The second half."""
         cpu.feed_forward(self._feed_forward, residual)
+
+    def remember(self, residual: cpu.Residual, memory: KeyValueMemory | RecurrentMemory, batch: cpu.Batch) -> None:
+        """Leaves what the call leaves in the memory of a layer that attends, and nothing else."""
+        cpu.remember(self._mixer, residual, memory.handle, batch)  # type: ignore[arg-type]
 
     def bytes_per_token(self) -> int:
         """Bytes of weights that one token reads: of the experts, the chosen and the shared ones."""
@@ -108,6 +106,13 @@ def feed_forward(config: Config, packed: Packed) -> cpu.SparseBlock | cpu.DenseB
     return cpu.sparse_block(norm, router, shared_gate, packed.experts, k, normalize)
 
 
+def thrifty_tokens(config: Config) -> int:
+    """Tokens that are worth reading the weights for: in a step of fewer they are read for too few at a time."""
+    if not isinstance(config, Qwen3NextConfig):
+        return LEAST_STEP
+    return max(LEAST_STEP, EXPERT_TOKENS * config.num_experts // config.num_experts_per_tok)
+
+
 class MultiTokenPrediction:
     """From the embedding of a token and the hidden state before it, a hidden state that predicts the token after it."""
 
@@ -127,8 +132,8 @@ class MultiTokenPrediction:
         batch: cpu.Batch,
     ) -> Tensor:
         """For tokens, of which these are the embeddings, and hidden states `[T, D]`; `[T, D]`."""
-        residual = self.follow(embedding, tokens, hidden, memory, batch)
-        self._layer.feed_forward(residual)
+        residual = cpu.embed_drafts(self._input, embedding, tokens, hidden)
+        self._layer(residual, memory, batch)
         return cpu.normalized(residual, self._norm)
 
     def follow(
@@ -138,11 +143,9 @@ class MultiTokenPrediction:
         hidden: Tensor,
         memory: KeyValueMemory | RecurrentMemory,
         batch: cpu.Batch,
-    ) -> cpu.Residual:
-        """As far as its memory goes."""
-        residual = cpu.embed_drafts(self._input, embedding, tokens, hidden)
-        self._layer.mix(residual, memory, batch)
-        return residual
+    ) -> None:
+        """Leaves what the call leaves in the memory, and predicts nothing."""
+        self._layer.remember(cpu.embed_drafts(self._input, embedding, tokens, hidden), memory, batch)
 
 
 class Span(Protocol):
@@ -188,6 +191,7 @@ class NativeModel:
         if "mtp" in packed:
             self.mtp = MultiTokenPrediction(config, packed["mtp"], DecoderLayer(config, packed["mtp.layers.0"]))
         self.can_draft = self.mtp is not None
+        self.thrifty_tokens = thrifty_tokens(config)
         self._pool = Pool(config, KV_FORMATS[kv_format], self.can_draft)
         self.page_bytes, self.state_bytes = self._pool.pages.block_bytes, self._pool.states.block_bytes
 
