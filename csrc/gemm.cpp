@@ -74,7 +74,7 @@ void multiply_rows_of_one(const Product& product, const uint8_t* inputs, int64_t
   const int64_t each = block_bytes(w.format, w.cols);
   alignas(64) float y[2 * kBlockRows];
   const uint8_t* rows = w.data + block * each;
-  multiply_pair(w.format, rows, rows + 2 * each, inputs, groups(product), y);
+  multiply_pair(w.format, rows, inputs, groups(product), y);
   const auto store = out.dtype == DType::f32 ? store_tile<float> : store_tile<bf16>;
   store(y, out, 0, 1, block * kBlockRows);
   store(y + kBlockRows, out, 0, 1, (block + 1) * kBlockRows);
@@ -87,9 +87,9 @@ int64_t total_blocks(const Product& product) {
 }
 
 // Blocks that a task takes: several, so that memory is read in long runs, but enough tasks to share out
-// evenly.
-int64_t blocks_per_task(int64_t total) {
-  const int64_t even = total / (16 * threads());
+// evenly. Of many tokens they take longer, and memory matters less.
+int64_t blocks_per_task(int64_t total, int64_t panels) {
+  const int64_t even = total / ((panels == 1 ? 4 : 16) * threads());
   return even < 1 ? 1 : even > 8 ? 8 : even;
 }
 
@@ -106,15 +106,16 @@ void product(const Product& product) noexcept {
     const auto prepare = product.x.dtype == DType::f32 ? prepare_panel<float> : prepare_panel<bf16>;
     prepare(product, panels, panel, inputs);
   });
-  const int64_t total = total_blocks(product), each = blocks_per_task(total);
+  const int64_t total = total_blocks(product), each = blocks_per_task(total, panels.count());
   parallel_for((total + each - 1) / each, [&](int64_t task, int) {
     const int64_t end = (task + 1) * each < total ? (task + 1) * each : total;
     int64_t weight = 0, block = task * each;
     for (int64_t i = task * each; i < end;) {
       for (; block >= blocks(product.weights[weight].rows); ++weight)
         block -= blocks(product.weights[weight].rows);
+      const PackedMatrix& w = product.weights[weight];
       const bool pair =
-          product.x.rows == 1 && i + 1 < end && block + 1 < blocks(product.weights[weight].rows);
+          product.x.rows == 1 && in_pairs(w.format) && i + 1 < end && block + 1 < blocks(w.rows);
       if (pair) {
         multiply_rows_of_one(product, inputs, weight, block);
       } else {

@@ -335,7 +335,8 @@ KeysAndValues keys_and_values(const Rows& k, const Rows& v, const NormWeight& k_
 Attention attention(const Rows& q, const Rows& k, const Rows& v, const NormWeight& q_norm,
                     const NormWeight& k_norm, bool gated, const KeyValuePages& pages, const Batch& batch,
                     const Rows& out) {
-  Attention op = {keys_and_values(k, v, k_norm, pages, batch)};
+  Attention op = {};
+  static_cast<KeysAndValues&>(op) = keys_and_values(k, v, k_norm, pages, batch);
   op.gated = gated;
   const int64_t tokens = batch.tokens(), dim = op.cache.dim;
   const int64_t head = gated ? 2 * dim : dim;

@@ -118,9 +118,9 @@ void gate_up_block(const ExpertLayer& layer, const Plan& plan, const Span& span,
     alignas(64) float gate[kPanelTokens * kBlockRows], up[kPanelTokens * kBlockRows];
     const int64_t first = parts.first(p), tokens = parts.size(p);
     const uint8_t* panel = inputs + first * groups * bytes;
-    if (tokens == 1) {
+    if (tokens == 1 && in_pairs(layer.format)) {
       alignas(64) float both[2 * kBlockRows];
-      multiply_pair(layer.format, rows, rows + 2 * each, panel, groups, both);
+      multiply_pair(layer.format, rows, panel, groups, both);
       memcpy(gate, both, sizeof both / 2), memcpy(up, both + kBlockRows, sizeof both / 2);
     } else {
       const uint8_t* up_rows = rows + each;

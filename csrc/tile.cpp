@@ -167,7 +167,7 @@ struct Kernel<Format::bf16> {
   }
 };
 
-constexpr int64_t kFetchAhead = 4;  // groups
+constexpr int64_t fetch_ahead(Format format) { return format == Format::int8 ? 4 : 8; }  // groups
 // That all passes over a block go through before any goes on: it is still in the first-level cache then, beside the
 // inputs.
 constexpr int64_t kChunkBytes = 18 << 10;
@@ -208,7 +208,7 @@ struct Reading {
   template <int parts>
   TENFOLD_INLINE void fetch_near(int64_t g, int part) const {
     constexpr int kLines = (group_bytes(format) / 64 + parts - 1) / parts;
-    const int64_t ahead = g + kFetchAhead;
+    const int64_t ahead = g + fetch_ahead(format);
     const uint8_t* from = ahead < groups ? group(ahead) : next + (ahead - groups) * group_bytes(format);
     unrolled<kLines>([&](auto i) TENFOLD_BODY { __builtin_prefetch(from + (part * kLines + i) * 64); });
   }
@@ -268,15 +268,14 @@ void multiply(const Reading<format>& reading, const uint8_t* panel, float* out) 
 template <Format format>
 struct Stream {
   using K = Kernel<format>;
-  Reading<format> reading;
+  const uint8_t* block;
   Sums<kVectors, 1> y;
 
   TENFOLD_INLINE void start() {
     unrolled<kVectors>([&](auto v) TENFOLD_BODY { y[v][0] = splat(0); });
   }
   TENFOLD_INLINE void add_group(int64_t g, const typename K::Input* input) {
-    if (reading.next) reading.template fetch_near<1>(g, 0);
-    const uint8_t* scales = reading.group(g);
+    const uint8_t* scales = block + g * group_bytes(format);
     K::template add_group<kVectors, 1>(scales, scales + scale_bytes(format), input, y);
   }
   TENFOLD_INLINE void finish(float* out) const {
@@ -285,11 +284,8 @@ struct Stream {
 };
 
 template <Format format>
-void multiply_streams(const uint8_t* blocks, const uint8_t* next, const uint8_t* panel, int64_t groups,
-                      float* out) {
-  const int64_t each = groups * group_bytes(format);
-  Stream<format> a = {{blocks, next, groups, {0, 1}}, {}},
-                 b = {{blocks + each, next ? next + each : nullptr, groups, {0, 1}}, {}};
+void multiply_streams(const uint8_t* blocks, const uint8_t* panel, int64_t groups, float* out) {
+  Stream<format> a = {blocks, {}}, b = {blocks + groups * group_bytes(format), {}};
   a.start(), b.start();
   const auto* input = reinterpret_cast<const typename Kernel<format>::Input*>(panel);
   for (int64_t g = 0; g < groups; ++g, ++input) a.add_group(g, input), b.add_group(g, input);
@@ -359,13 +355,14 @@ void multiply_block(Format format, const uint8_t* block, const uint8_t* next, Pa
   }
 }
 
-void multiply_pair(Format format, const uint8_t* blocks, const uint8_t* next, const uint8_t* panel,
-                   int64_t groups, float* y) noexcept {
-  if (!fetches(format, 1)) next = nullptr;
+bool in_pairs(Format format) noexcept { return !fetches(format, 1); }
+
+void multiply_pair(Format format, const uint8_t* blocks, const uint8_t* panel, int64_t groups,
+                   float* y) noexcept {
   switch (format) {
-    case Format::bf16: return multiply_streams<Format::bf16>(blocks, next, panel, groups, y);
-    case Format::int8: return multiply_streams<Format::int8>(blocks, next, panel, groups, y);
-    case Format::int4: return multiply_streams<Format::int4>(blocks, next, panel, groups, y);
+    case Format::bf16: return multiply_streams<Format::bf16>(blocks, panel, groups, y);
+    case Format::int8: return multiply_streams<Format::int8>(blocks, panel, groups, y);
+    case Format::int4: return multiply_streams<Format::int4>(blocks, panel, groups, y);
   }
 }
 

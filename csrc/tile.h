@@ -31,10 +31,13 @@ struct Pass {
 void multiply_block(Format format, const uint8_t* block, const uint8_t* next, Pass pass, const uint8_t* panel,
                     int tokens, int64_t groups, float* y) noexcept;
 
-// For one token and two neighbouring blocks: y[r] of the first, y[32 + r] of the second. Weights then come in two
-// streams, of which twice as much is under way. `next` is the pair to be read next.
-void multiply_pair(Format format, const uint8_t* blocks, const uint8_t* next, const uint8_t* panel,
-                   int64_t groups, float* y) noexcept;
+// Whether a single token's weights are best read two blocks at a time: in two streams, of which twice as much is under
+// way, where the processor is left to foresee what comes.
+bool in_pairs(Format format) noexcept;
+
+// For one token and two neighbouring blocks: y[r] of the first, y[32 + r] of the second.
+void multiply_pair(Format format, const uint8_t* blocks, const uint8_t* panel, int64_t groups,
+                   float* y) noexcept;
 
 // panel = the inputs of these tokens, taken from `inputs` [T, K / 32].
 void gather_panel(Format format, const uint8_t* inputs, const int32_t* tokens, int count, int64_t groups,
