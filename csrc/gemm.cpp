@@ -86,6 +86,13 @@ int64_t total_blocks(const Product& product) {
   return total;
 }
 
+// Blocks that a task takes: several, so that memory is read in long runs, but enough tasks to share out
+// evenly. Of many tokens they take longer, and memory matters less.
+int64_t blocks_per_task(int64_t total, int64_t panels) {
+  const int64_t even = total / ((panels == 1 ? 4 : 16) * threads());
+  return even < 1 ? 1 : even > 8 ? 8 : even;
+}
+
 }  // namespace
 
 size_t product_scratch(const Product& product) noexcept {
@@ -99,7 +106,7 @@ void product(const Product& product) noexcept {
     const auto prepare = product.x.dtype == DType::f32 ? prepare_panel<float> : prepare_panel<bf16>;
     prepare(product, panels, panel, inputs);
   });
-  const int64_t total = total_blocks(product), each = 2;  // which may be a pair
+  const int64_t total = total_blocks(product), each = blocks_per_task(total, panels.count());
   parallel_for((total + each - 1) / each, [&](int64_t task, int) {
     const int64_t end = (task + 1) * each < total ? (task + 1) * each : total;
     int64_t weight = 0, block = task * each;

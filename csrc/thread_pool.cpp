@@ -95,16 +95,8 @@ class Pool {
     if (entered_.fetch_sub(kWorker, std::memory_order_acq_rel) == (kWorker | kClosed)) entered_.notify_all();
   }
 
-  // Neighbouring tasks, often weights that lie one behind the other, are taken together: many at first, one by one at the
-  // end, so that the threads end together.
   void work(int thread) {
-    int64_t begin = next_.load(std::memory_order_relaxed);
-    while (begin < tasks_) {
-      const int64_t end = begin + std::max<int64_t>(1, (tasks_ - begin) / (2 * (helpers_ + 1)));
-      if (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-      for (; begin < end; ++begin) task_(context_, begin, thread);
-      begin = next_.load(std::memory_order_relaxed);
-    }
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) task_(context_, i, thread);
   }
 
   void serve(int thread) {

@@ -1,8 +1,8 @@
 // A persistent pool of threads: they spin for a moment after each job, since the next one of a layer is near,
 // then sleep.
 //
-// One job runs at a time; the calling thread takes part, and each takes runs of neighbouring tasks. Jobs of different
-// callers queue. A task must not start a job.
+// One job runs at a time; the calling thread takes part. Jobs of different callers queue. A task must not
+// start a job.
 #pragma once
 
 #include <cstdint>
