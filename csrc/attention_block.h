@@ -239,8 +239,8 @@ void soften(float* scores, int64_t keys, float& highest, float& total) {
   total = sum(sums);
 }
 
-// sums += weights times a page's values from key `begin` to `end`, kVectors * kLanes columns at a time. Meanwhile as many
-// of `next_keys` are fetched.
+// sums += weights times a page's values from key `begin` to `end`, kVectors * kLanes columns at a time. Meanwhile as much
+// of `next` is fetched.
 template <class T, int kRows, int kVectors>
 TENFOLD_INLINE void add_columns(const T* values, int64_t dim, const Factor<T>* weights, int64_t begin,
                                 int64_t end, const T* next, float* to) {

@@ -158,8 +158,6 @@ void gates(const Head& h, int64_t begin, int64_t count) {
   }
 }
 
-// One sweep over kLanes rows of S: S <- decay S + d k^T of one token if it `kWrites`, then S k and S q of the next if it
-// `kReads`. Half of the rows at a time, so that all sums fit the registers.
 struct Write {
   F32 decay, d;
   const float* k;
@@ -171,6 +169,8 @@ struct Read {
   TENFOLD_INLINE void of(const float* mixed, int64_t dim) { q = mixed, k = mixed + dim; }
 };
 
+// One sweep over kLanes rows of S: S <- decay S + d k^T of one token if it `kWrites`, then S k and S q of the next if it
+// `kReads`. Half of the rows at a time, so that all sums fit the registers.
 template <bool kWrites, bool kReads>
 TENFOLD_INLINE void sweep(float* state, int64_t dim, const Write& write, Read& read) {
   constexpr int kHalf = kLanes / 2;
