@@ -55,7 +55,7 @@ void multiply_rows(const Product& product, const Parts& panels, const uint8_t* i
   const uint8_t* rows = w.data + block * block_bytes(w.format, w.cols);
   const uint8_t* next = rows + block_bytes(w.format, w.cols);
   for (int64_t p = 0; p < panels.count(); ++p) {
-    alignas(64) float y[kPanelTokens * kBlockRows];
+    alignas(64) float y[kMostPanelTokens * kBlockRows];
     const int64_t first = panels.first(p);
     const int tokens = static_cast<int>(panels.size(p));
     const uint8_t* panel =
@@ -86,11 +86,22 @@ int64_t total_blocks(const Product& product) {
   return total;
 }
 
-// Blocks that a task takes: several, so that memory is read in long runs, but enough tasks to share out
-// evenly. Of many tokens they take longer, and memory matters less.
-int64_t blocks_per_task(int64_t total, int64_t panels) {
-  const int64_t even = total / ((panels == 1 ? 4 : 16) * threads());
-  return even < 1 ? 1 : even > 8 ? 8 : even;
+void multiply_run(const Product& product, const Parts& panels, const uint8_t* inputs, int64_t first,
+                  int64_t count) {
+  int64_t weight = 0, block = first;
+  for (int64_t i = 0; i < count;) {
+    for (; block >= blocks(product.weights[weight].rows); ++weight)
+      block -= blocks(product.weights[weight].rows);
+    const PackedMatrix& w = product.weights[weight];
+    const bool pair =
+        product.x.rows == 1 && in_pairs(w.format) && i + 1 < count && block + 1 < blocks(w.rows);
+    if (pair) {
+      multiply_rows_of_one(product, inputs, weight, block);
+    } else {
+      multiply_rows(product, panels, inputs, weight, block);
+    }
+    i += pair ? 2 : 1, block += pair ? 2 : 1;
+  }
 }
 
 }  // namespace
@@ -101,28 +112,14 @@ size_t product_scratch(const Product& product) noexcept {
 
 void product(const Product& product) noexcept {
   auto* inputs = static_cast<uint8_t*>(product.scratch);
-  const Parts panels = TENFOLD_ISA::panels(product.x.rows);
+  const Parts panels = TENFOLD_ISA::panels(product.weights[0].format, product.x.rows);
   parallel_for(panels.count(), [&](int64_t panel, int) {
     const auto prepare = product.x.dtype == DType::f32 ? prepare_panel<float> : prepare_panel<bf16>;
     prepare(product, panels, panel, inputs);
   });
-  const int64_t total = total_blocks(product), each = blocks_per_task(total, panels.count());
-  parallel_for((total + each - 1) / each, [&](int64_t task, int) {
-    const int64_t end = (task + 1) * each < total ? (task + 1) * each : total;
-    int64_t weight = 0, block = task * each;
-    for (int64_t i = task * each; i < end;) {
-      for (; block >= blocks(product.weights[weight].rows); ++weight)
-        block -= blocks(product.weights[weight].rows);
-      const PackedMatrix& w = product.weights[weight];
-      const bool pair =
-          product.x.rows == 1 && in_pairs(w.format) && i + 1 < end && block + 1 < blocks(w.rows);
-      if (pair) {
-        multiply_rows_of_one(product, inputs, weight, block);
-      } else {
-        multiply_rows(product, panels, inputs, weight, block);
-      }
-      i += pair ? 2 : 1, block += pair ? 2 : 1;
-    }
+  const Runs runs(total_blocks(product), threads());
+  parallel_for(runs.count(), [&](int64_t run, int) {
+    multiply_run(product, panels, inputs, runs.first(run), runs.size(run));
   });
 }
 

@@ -12,7 +12,7 @@
 namespace tenfold::TENFOLD_ISA {
 namespace {
 
-constexpr int64_t kSpanTokens = 8 * kPanelTokens;
+constexpr int64_t kSpanTokens = 8 * kMostPanelTokens;
 
 // Entries first .. first + count - 1 of the tokens grouped by expert, all of one expert.
 struct Span {
@@ -87,7 +87,7 @@ const uint8_t* gather(const ExpertLayer& layer, const Plan& plan, const Span& sp
   const int32_t* tokens = plan.tokens + span.first;
   if (span.count == 1) return plan.inputs + tokens[0] * groups * bytes;
   uint8_t* to = plan.gathered + thread * kSpanTokens * groups * bytes;
-  const Parts parts = panels(span.count);
+  const Parts parts = panels(layer.format, span.count);
   for (int64_t p = 0; p < parts.count(); ++p) {
     const int64_t first = parts.first(p);
     gather_panel(layer.format, plan.inputs, tokens + first, static_cast<int>(parts.size(p)), groups,
@@ -98,24 +98,25 @@ const uint8_t* gather(const ExpertLayer& layer, const Plan& plan, const Span& sp
 
 // 32 activations of each of a panel's tokens: one group of down's input.
 void activate(const ExpertLayer& layer, const float* gate, const float* up, int64_t tokens, uint8_t* to) {
-  const int64_t bytes = Plan::bytes(layer);
-  for (int64_t t = 0; t < tokens; ++t) {
-    alignas(64) float h[kBlockRows];
-    for (int i = 0; i < kBlockRows; i += kLanes) {
-      store(h + i, silu(load(gate + t * kBlockRows + i)) * load(up + t * kBlockRows + i));
-    }
-    prepare_input(layer.format, h, 1, to + t * bytes, bytes);
+  alignas(64) float h[kMostPanelTokens * kBlockRows];
+  for (int64_t i = 0; i < tokens * kBlockRows; i += kLanes) {
+    store(h + i, silu(load(gate + i)) * load(up + i));
   }
+  prepare_input(layer.format, h, tokens, to, Plan::bytes(layer));
+}
+
+const uint8_t* gate_rows(const ExpertLayer& layer, const Span& span, int64_t block) {
+  return span.expert + 2 * block * block_bytes(layer.format, layer.x.cols);
 }
 
 void gate_up_block(const ExpertLayer& layer, const Plan& plan, const Span& span, const uint8_t* inputs,
-                   int64_t block) {
+                   int64_t block, const uint8_t* next) {
   const int64_t groups = Plan::hidden_groups(layer), bytes = Plan::bytes(layer);
   const int64_t each = block_bytes(layer.format, layer.x.cols);
-  const uint8_t* rows = span.expert + 2 * block * each;
-  const Parts parts = panels(span.count);
+  const uint8_t *rows = gate_rows(layer, span, block), *up_rows = rows + each;
+  const Parts parts = panels(layer.format, span.count);
   for (int64_t p = 0; p < parts.count(); ++p) {
-    alignas(64) float gate[kPanelTokens * kBlockRows], up[kPanelTokens * kBlockRows];
+    alignas(64) float gate[kMostPanelTokens * kBlockRows], up[kMostPanelTokens * kBlockRows];
     const int64_t first = parts.first(p), tokens = parts.size(p);
     const uint8_t* panel = inputs + first * groups * bytes;
     if (tokens == 1 && in_pairs(layer.format)) {
@@ -123,12 +124,13 @@ void gate_up_block(const ExpertLayer& layer, const Plan& plan, const Span& span,
       multiply_pair(layer.format, rows, panel, groups, both);
       memcpy(gate, both, sizeof both / 2), memcpy(up, both + kBlockRows, sizeof both / 2);
     } else {
-      const uint8_t* up_rows = rows + each;
-      const int64_t next = parts.count() == 1 ? each : 2 * each;  // passes go over gate and up in turns
+      const uint8_t* after =
+          parts.count() == 1 ? up_rows : next;  // several passes go over gate and up in turns
+      const uint8_t* after_up = parts.count() == 1 ? next : next + each;
       const int count = static_cast<int>(tokens);
       const Pass pass = {p, parts.count()};
-      multiply_block(layer.format, rows, rows + next, pass, panel, count, groups, gate);
-      multiply_block(layer.format, up_rows, up_rows + next, pass, panel, count, groups, up);
+      multiply_block(layer.format, rows, after, pass, panel, count, groups, gate);
+      multiply_block(layer.format, up_rows, after_up, pass, panel, count, groups, up);
     }
     uint8_t* to =
         plan.activations + ((span.first + first) * Plan::width_groups(layer) + block * tokens) * bytes;
@@ -136,20 +138,24 @@ void gate_up_block(const ExpertLayer& layer, const Plan& plan, const Span& span,
   }
 }
 
-void gate_up(const ExpertLayer& layer, const Plan& plan) {
-  if (plan.span_count == 0) return;
+// Blocks first .. first + count - 1 of all spans', one span after another.
+void gate_up_run(const ExpertLayer& layer, const Plan& plan, int64_t first, int64_t count, int thread) {
   const int64_t blocks = Plan::width_groups(layer);
-  const int64_t wanted =
-      16 * layer.threads / plan.span_count;  // parts of a span, so that the threads end together
-  const Parts parts(blocks, wanted < 1 ? blocks : (blocks + wanted - 1) / wanted);
+  const uint8_t* inputs = nullptr;
+  for (int64_t i = first; i < first + count; ++i) {
+    const Span& span = plan.spans[i / blocks];
+    const int64_t block = i % blocks, following = i + 1 < first + count ? i + 1 : i;
+    if (i == first || block == 0) inputs = gather(layer, plan, span, thread);
+    const uint8_t* next = gate_rows(layer, plan.spans[following / blocks], following % blocks);
+    gate_up_block(layer, plan, span, inputs, block, next);
+  }
+}
+
+void gate_up(const ExpertLayer& layer, const Plan& plan) {
+  const Runs runs(plan.span_count * Plan::width_groups(layer), layer.threads);
   parallel_for(
-      plan.span_count * parts.count(),
-      [&](int64_t task, int thread) {
-        const Span& span = plan.spans[task / parts.count()];
-        const int64_t part = task % parts.count(), first = parts.first(part);
-        const uint8_t* inputs = gather(layer, plan, span, thread);
-        for (int64_t i = 0; i < parts.size(part); ++i) gate_up_block(layer, plan, span, inputs, first + i);
-      },
+      runs.count(),
+      [&](int64_t run, int thread) { gate_up_run(layer, plan, runs.first(run), runs.size(run), thread); },
       layer.threads);
 }
 
@@ -168,9 +174,9 @@ void down_block(const ExpertLayer& layer, const Plan& plan, const Span& span, in
                 const uint8_t* next, const Output& out) {
   const int64_t groups = Plan::width_groups(layer);
   const uint8_t* rows = down_rows(layer, span, block);
-  const Parts parts = panels(span.count);
+  const Parts parts = panels(layer.format, span.count);
   for (int64_t p = 0; p < parts.count(); ++p) {
-    alignas(64) float y[kPanelTokens * kBlockRows];
+    alignas(64) float y[kMostPanelTokens * kBlockRows];
     const int64_t first = span.first + parts.first(p), tokens = parts.size(p);
     const uint8_t* panel = plan.activations + first * groups * Plan::bytes(layer);
     for (int64_t t = 0; t < tokens; ++t) {
@@ -198,8 +204,7 @@ void round_output(const ExpertLayer& layer, const Output& sums, int64_t col, int
 void down(const ExpertLayer& layer, const Plan& plan) {
   const Output out = plan.sums ? Output{plan.sums, layer.out.cols}
                                : Output{static_cast<float*>(layer.out.data), layer.out.stride};
-  const int64_t total = layer.out.cols / kBlockRows, even = total / (8 * layer.threads);
-  const Parts parts(total, even < 1 ? 1 : even);
+  const Runs parts(layer.out.cols / kBlockRows, layer.threads);
   parallel_for(parts.count(), [&](int64_t part, int) {
     const int64_t first = parts.first(part), count = parts.size(part), col = first * kBlockRows;
     for (int64_t t = 0; t < layer.out.rows; ++t) {

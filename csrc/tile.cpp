@@ -7,7 +7,7 @@ constexpr int kVectors = kBlockRows / kLanes;  // that hold a value for each row
 constexpr int kVectorBytes = 4 * kLanes;
 
 // Sums that registers hold; those of a group share them with weights and inputs on their way.
-constexpr int kMostSums = 2 * kPanelTokens;
+constexpr int kMostSums = kRegisters == 32 ? 24 : 12;
 constexpr int kMostGroupSums = kRegisters == 32 ? 16 : 12;
 
 // How many of a block's vectors a tile takes at once: as many as leave a register for each of its sums.
@@ -59,12 +59,15 @@ void prepare(const float* from, QuantizedInput& to) {
   const float inverse = finite && largest > 1e-30f ? 127.0f / largest : 0.0f;
   for (int i = 0; i < kGroup; i += kLanes) store_int8(to.x + i, load(from + i) * splat(inverse));
   to.scale = finite ? (inverse != 0.0f ? largest / 127.0f : 0.0f) : __builtin_nanf("");
-  to.bias = input_bias(to.x);
 }
+
+void add_bias(QuantizedInput& input) { input.bias = input_bias(input.x); }
 
 void prepare(const float* from, PlainInput& to) {
   for (int i = 0; i < kGroup; i += kLanes) store(to.x + i, load(from + i));
 }
+
+void add_bias(PlainInput&) {}
 
 template <int V>
 using Weights = I32[V];
@@ -222,10 +225,11 @@ struct Reading {
   }
 };
 
-// Adds the products of groups `from` .. `to` - 1 to `out`, for the block's vectors from `first` on.
+// Adds the products of groups `from` .. `to` - 1 to `out`, for the block's vectors from `first` on. Never inlined:
+// what gcc makes of the loop would depend on what else it inlines.
 template <Format format, int V, int T>
-void add_groups(const Reading<format>& reading, const uint8_t* panel, int64_t from, int64_t to, int first,
-                float* out) {
+[[gnu::noinline]] void add_groups(const Reading<format>& reading, const uint8_t* panel, int64_t from,
+                                  int64_t to, int first, float* out) {
   using K = Kernel<format>;
   const auto* input = reinterpret_cast<const typename K::Input*>(panel) + from * T;
   const auto each_group = [&](auto& y) TENFOLD_BODY {
@@ -292,7 +296,7 @@ void multiply_streams(const uint8_t* blocks, const uint8_t* panel, int64_t group
   a.finish(out), b.finish(out + kBlockRows);
 }
 
-template <Format format, int T = kPanelTokens>
+template <Format format, int T = kMostPanelTokens>
 void multiply_tokens(const Reading<format>& reading, const uint8_t* panel, int tokens, float* y) {
   if constexpr (T > 0) {
     if (tokens == T) return multiply<format, T>(reading, panel, y);
@@ -300,18 +304,18 @@ void multiply_tokens(const Reading<format>& reading, const uint8_t* panel, int t
   }
 }
 
-template <class Input>
-void prepare_row(const float* x, int64_t groups, uint8_t* to, int64_t stride) {
-  for (int64_t g = 0; g < groups; ++g) prepare(x + g * kGroup, *reinterpret_cast<Input*>(to + g * stride));
+void prepare(const bf16* from, auto& to) {
+  float group[kGroup];
+  for (int i = 0; i < kGroup; i += kLanes) store(group + i, load(from + i));
+  prepare(group, to);
 }
 
-template <class Input>
-void prepare_row(const bf16* x, int64_t groups, uint8_t* to, int64_t stride) {
-  for (int64_t g = 0; g < groups; ++g) {
-    float group[kGroup];
-    for (int i = 0; i < kGroup; i += kLanes) store(group + i, load(x + g * kGroup + i));
-    prepare(group, *reinterpret_cast<Input*>(to + g * stride));
-  }
+// The biases come last: bytes that are read right after they were written hold up all that follows.
+template <class Input, class T>
+void prepare_row(const T* x, int64_t groups, uint8_t* to, int64_t stride) {
+  const auto input = [&](int64_t g) -> Input& { return *reinterpret_cast<Input*>(to + g * stride); };
+  for (int64_t g = 0; g < groups; ++g) prepare(x + g * kGroup, input(g));
+  for (int64_t g = 0; g < groups; ++g) add_bias(input(g));
 }
 
 template <class Input>

@@ -12,8 +12,7 @@
 
 namespace tenfold::TENFOLD_ISA {
 
-// A tile of this size keeps its sums of integers and of floats in registers, with room for weights and input.
-constexpr int kPanelTokens = kRegisters == 32 ? 12 : 6;
+constexpr int kMostPanelTokens = 12;
 
 size_t input_bytes(Format format);  // of one group of one token
 
@@ -65,6 +64,32 @@ class Parts {
   int64_t count_, size_, longer_;
 };
 
-inline Parts panels(int64_t tokens) { return Parts(tokens, kPanelTokens); }
+// `total` things cut for so many threads: in each round every one takes half of what would be its share of the rest. So
+// threads go through long runs, and end together.
+class Runs {
+ public:
+  Runs(int64_t total, int threads) : total_(total), threads_(threads) {}
+
+  int64_t count() const { return threads_ * kRounds; }
+  int64_t first(int64_t run) const {
+    const int64_t round = run / threads_, left = begin(round), each = begin(round + 1) - left;
+    return left + each * (run % threads_) / threads_;
+  }
+  int64_t size(int64_t run) const { return first(run + 1) - first(run); }
+
+ private:
+  static constexpr int64_t kRounds = 7;
+  // Where a round begins.
+  int64_t begin(int64_t round) const { return round < kRounds ? total_ - (total_ >> round) : total_; }
+
+  int64_t total_, threads_;
+};
+
+// With 16 registers six tokens share two registers of weights. For many tokens in int8, which take an instruction more to
+// meet a weight, twelve share one.
+inline Parts panels(Format format, int64_t tokens) {
+  const bool wide = kRegisters == 32 || (format == Format::int8 && tokens > kMostPanelTokens);
+  return Parts(tokens, wide ? kMostPanelTokens : kMostPanelTokens / 2);
+}
 
 }  // namespace tenfold::TENFOLD_ISA
