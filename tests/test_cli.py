@@ -62,6 +62,7 @@ def test_the_real_command_tells_a_mistake_in_one_line(tmp_path: Path) -> None:
         (["train", "nowhere.toml"], "nowhere.toml: No such file or directory"),
         (["generate", "/nowhere", "--prompt", "x"], "/nowhere"),
         (["info", "/nowhere"], "/nowhere"),
+        (["info", "--verify"], "--verify needs a MODEL, the packed folder to read"),
         (["init", "--shape", "tiny", "--out", "/dev/null/x"], "/dev/null"),
         (["generate", "/nowhere", "--prompt", "a\udcff"], "--prompt: not UTF-8 at character 1"),
         (["generate", "/nowhere", "--prompt", "x", "--top-p", "0"], "top_p"),
@@ -162,3 +163,7 @@ def test_info_names_the_kernels(
     assert f"native kernels: {isa or 'none, torch runs instead'}" in capsys.readouterr().out
     assert cli.main(["info", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kernels"] == isa
+    assert cli.main(["info"]) == 0
+    assert capsys.readouterr().out == f"native kernels: {isa or 'none, torch runs instead'}\n"
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"kernels": isa}

@@ -291,9 +291,9 @@ class Counted:
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """Describe a checkpoint: its shape, parameters and files."""
+    """Describe a checkpoint, its shape, parameters and files, and what this machine can run it with."""
 
-    model: Annotated[Positional[Path], arg(metavar="MODEL")]  # checkpoint folder, or GGUF file
+    model: Annotated[Positional[Path | None], arg(metavar="[MODEL]")] = None  # checkpoint folder, or GGUF file
     verify: bool = False  # read the weights of a packed folder, and compare their checksums
     json: bool = False  # for programs
 
@@ -305,15 +305,18 @@ class Info:
         from tenfold.models.packed_file import verify
 
         if self.verify:
+            if self.model is None:
+                raise ValueError("--verify needs a MODEL, the packed folder to read")
             verify(self.model, progress=True)
-        info, kernels = describe(self.model), cpu.isa() if cpu.available() else None
+        info, kernels = self.model and describe(self.model), cpu.isa() if cpu.available() else None
         if self.json:
-            print(json.dumps(asdict(info) | {"kernels": kernels}, indent=2))
-        else:
+            print(json.dumps((asdict(info) if info else {}) | {"kernels": kernels}, indent=2))
+            return
+        if info:
             Console().print(info.table())
-            print(f"native kernels: {kernels or 'none, torch runs instead'}")
-            if self.verify:
-                print("checksums: all weights are as they were written")
+        print(f"native kernels: {kernels or 'none, torch runs instead'}")
+        if self.verify:
+            print("checksums: all weights are as they were written")
 
 
 @dataclass(frozen=True, kw_only=True)
