@@ -86,6 +86,7 @@ int64_t total_blocks(const Product& product) {
   return total;
 }
 
+// Blocks first .. first + count - 1 of all weights, one weight after another.
 void multiply_run(const Product& product, const Parts& panels, const uint8_t* inputs, int64_t first,
                   int64_t count) {
   int64_t weight = 0, block = first;

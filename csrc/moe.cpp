@@ -124,13 +124,11 @@ void gate_up_block(const ExpertLayer& layer, const Plan& plan, const Span& span,
       multiply_pair(layer.format, rows, panel, groups, both);
       memcpy(gate, both, sizeof both / 2), memcpy(up, both + kBlockRows, sizeof both / 2);
     } else {
-      const uint8_t* after =
-          parts.count() == 1 ? up_rows : next;  // several passes go over gate and up in turns
-      const uint8_t* after_up = parts.count() == 1 ? next : next + each;
+      const bool once = parts.count() == 1;  // gate, then up; several passes go over both in turns
       const int count = static_cast<int>(tokens);
       const Pass pass = {p, parts.count()};
-      multiply_block(layer.format, rows, after, pass, panel, count, groups, gate);
-      multiply_block(layer.format, up_rows, after_up, pass, panel, count, groups, up);
+      multiply_block(layer.format, rows, once ? up_rows : next, pass, panel, count, groups, gate);
+      multiply_block(layer.format, up_rows, once ? next : next + each, pass, panel, count, groups, up);
     }
     uint8_t* to =
         plan.activations + ((span.first + first) * Plan::width_groups(layer) + block * tokens) * bytes;
@@ -138,7 +136,7 @@ void gate_up_block(const ExpertLayer& layer, const Plan& plan, const Span& span,
   }
 }
 
-// Blocks first .. first + count - 1 of all spans', one span after another.
+// Blocks first .. first + count - 1 of all spans, one span after another.
 void gate_up_run(const ExpertLayer& layer, const Plan& plan, int64_t first, int64_t count, int thread) {
   const int64_t blocks = Plan::width_groups(layer);
   const uint8_t* inputs = nullptr;
