@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import httpx
 from model_files import say
@@ -111,7 +112,8 @@ def packed_folder(folder: Path, format: str, work: Path) -> Path:
     """The model packed for the kernels, made once, so that servers start at once; bf16 stays as it is."""
     if format == "bf16" or (folder / "model.tenfold").exists():
         return folder
-    out = work / f"{folder.resolve().name}-{format}"
+    source = folder.resolve()
+    out = work / f"{source.name}-{format}-{crc32(bytes(source)):08x}"  # many a folder is named final
     if not (out / "model.tenfold").exists():
         say(f"writing {out}")
         quantize(str(folder), "int4" if format == "int4" else "int8", out, None, None)
