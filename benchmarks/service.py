@@ -43,11 +43,11 @@ class Lost(Exception):
 class Server:
     """A process that serves OpenAI's chat API; ends with the block."""
 
-    def __init__(self, command: Sequence[str], port: int, log: Path) -> None:
-        """Waits until it is ready. Raises ValueError where it ends before."""
+    def __init__(self, command: Sequence[str], port: int, log: Path, folder: Path | None = None) -> None:
+        """Started in `folder`, or here; waits until it is ready. Raises ValueError where it ends before."""
         self.url = f"http://127.0.0.1:{port}"
         with log.open("ab") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=out)
+            self.process = subprocess.Popen(command, stdout=out, stderr=out, cwd=folder)
         atexit.register(self.process.kill)  # it does not outlive this process
         until = time.monotonic() + START_S
         while not self._is_ready():
@@ -102,10 +102,10 @@ def serve_tenfold(
 
 
 def serve_llama_cpp(program: Path, gguf: Path, log: Path, threads: int, streams: int, context: int) -> Server:
-    """`llama-server` with as many slots as streams, of `context` tokens each."""
+    """`llama-server` with as many slots as streams, of `context` tokens each, started where its own log may lie."""
     port, count = free_port(), {"-t": threads, "-tb": threads, "-np": streams, "-c": streams * context}
-    command = [str(program), "-m", str(gguf), "--port", str(port), "--jinja"]
-    return Server([*command, *(str(word) for pair in count.items() for word in pair)], port, log)
+    command = [str(program.resolve()), "-m", str(gguf.resolve()), "--port", str(port), "--jinja"]
+    return Server([*command, *(str(word) for pair in count.items() for word in pair)], port, log, log.parent)
 
 
 def packed_folder(folder: Path, format: str, work: Path) -> Path:
