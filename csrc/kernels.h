@@ -204,6 +204,9 @@ TENFOLD_KERNELS(X)
 namespace avx2 {
 TENFOLD_KERNELS(X)
 }
+namespace avxvnni {
+TENFOLD_KERNELS(X)
+}
 namespace avx512 {
 TENFOLD_KERNELS(X)
 }

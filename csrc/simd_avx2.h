@@ -1,4 +1,4 @@
-// AVX2 with FMA and F16C: 8 lanes, 16 registers.
+// AVX2 with FMA and F16C, and with or without AVX-VNNI: 8 lanes, 16 registers.
 #include <immintrin.h>
 
 namespace tenfold::TENFOLD_ISA {
@@ -85,18 +85,47 @@ TENFOLD_INLINE void store_int16(int16_t* p, F32 x) {
 TENFOLD_INLINE I32 load_pairs(const int8_t* p) {
   return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
 }
+#if defined(__AVXVNNI__)
+TENFOLD_INLINE I32 add_pairs(I32 sum, I32 a, I32 b) { return _mm256_dpwssd_avx_epi32(sum, a, b); }
+#else
 TENFOLD_INLINE I32 add_pairs(I32 sum, I32 a, I32 b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
+#endif
 
-// The sum of a group's 32 products weight x input in every lane. The weights of int4, with an offset of 16 since
-// they must be unsigned, are summed in 16 bits: a lane has two such sums, of columns 0, 1 and 2, 3 modulo 4. The
-// bias, -16 times the input's sums, is a pair as well; with it a sum is at most 16 * 16 * 127, so it fits although
-// it may wrap on the way.
 TENFOLD_INLINE I32 low_weights(I32 nibbles) {
   const __m128i grid = _mm_add_epi8(_mm_loadu_si128((const __m128i*)kInt4Grid), _mm_set1_epi8(16));
   const I32 places = _mm256_and_si256(nibbles, _mm256_set1_epi8(15));
   return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(grid), places);
 }
 TENFOLD_INLINE I32 high_weights(I32 nibbles) { return low_weights(_mm256_srli_epi16(nibbles, 4)); }
+// The sum of a group's 32 products weight x input in every lane.
+#if defined(__AVXVNNI__)
+// The instruction takes unsigned weights, so they carry an offset, 16 for int4 and 128 for int8, and the input's bias, -16
+// times its sum, takes it off again.
+struct Int4Sum {
+  I32 sum;
+  TENFOLD_INLINE void start(int32_t bias) { sum = _mm256_set1_epi32(bias); }
+  TENFOLD_INLINE void add(I32 weights, I32 input) { sum = _mm256_dpbusd_avx_epi32(sum, weights, input); }
+  TENFOLD_INLINE I32 total() const { return sum; }
+};
+struct Int8Sum {
+  I32 sum;
+  TENFOLD_INLINE void start(int32_t bias) { sum = _mm256_set1_epi32(bias * 8); }
+  TENFOLD_INLINE void add(I32 weights, I32 input) {
+    sum = _mm256_dpbusd_avx_epi32(sum, _mm256_xor_si256(weights, _mm256_set1_epi8(-128)), input);
+  }
+  TENFOLD_INLINE I32 total() const { return sum; }
+};
+TENFOLD_INLINE int32_t input_bias(const int8_t* input) {
+  const I32 products =
+      _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(16), load_bits(input));
+  const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(products), _mm256_extracti128_si256(products, 1));
+  const __m128i pair = _mm_add_epi32(half, _mm_unpackhi_epi64(half, half));
+  return -(_mm_cvtsi128_si32(pair) + _mm_extract_epi32(pair, 1));
+}
+#else
+// The weights of int4, with an offset of 16 since they must be unsigned, are summed in 16 bits: a lane has two such sums,
+// of columns 0, 1 and 2, 3 modulo 4. The bias, -16 times the input's sums, is a pair as well; with it a sum is at most
+// 16 * 16 * 127, so it fits although it may wrap on the way.
 struct Int4Sum {
   I32 sum;
   TENFOLD_INLINE void start(int32_t bias) { sum = _mm256_set1_epi32(bias); }
@@ -116,7 +145,6 @@ struct Int8Sum {
   }
   TENFOLD_INLINE I32 total() const { return sum; }
 };
-
 TENFOLD_INLINE int32_t input_bias(const int8_t* input) {
   const I32 products = _mm256_maddubs_epi16(_mm256_set1_epi8(16), load_bits(input));
   const __m128i half = _mm_add_epi16(_mm256_castsi256_si128(products), _mm256_extracti128_si256(products, 1));
@@ -124,6 +152,7 @@ TENFOLD_INLINE int32_t input_bias(const int8_t* input) {
   const __m128i pair = _mm_add_epi16(quarter, _mm_shuffle_epi32(quarter, 1));
   return _mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), pair));
 }
+#endif
 
 // Two columns of bf16 in a lane: they meet their inputs one after the other, in fp32.
 constexpr int kPairSteps = 2;

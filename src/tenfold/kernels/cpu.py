@@ -91,7 +91,7 @@ def _native() -> Any:
 
 
 def isa() -> str:
-    """The instruction set in use: `baseline`, `avx2` or `avx512`; the variable TENFOLD_ISA forces one."""
+    """The instruction set in use: `baseline`, `avx2`, `avxvnni` or `avx512`; the variable TENFOLD_ISA forces one."""
     return _native().isa()
 
 
